@@ -1,0 +1,82 @@
+"""``python -m rustyrl_actors``: what the launcher and the command line start; not for users."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import msgspec
+
+from rustyrl.errors import RunFailedError, UsageError
+from rustyrl.parent import die_with_parent
+from rustyrl.spec import spec_to_json
+from rustyrl.weights import read_policy
+from rustyrl_actors.actor import run_actor
+from rustyrl_actors.catalog import BUILT_IN, find_environment
+from rustyrl_actors.evaluate import evaluate
+
+
+def main() -> int:
+    """Run one verb; the exit code is 0, 1 for a failed run, 2 for bad use."""
+    arguments = _parse()
+    die_with_parent(arguments.parent)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    try:
+        _run(arguments)
+    except (UsageError, RunFailedError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    match arguments.verb:
+        case "run":
+            run_actor(arguments.join, arguments.index)
+        case "describe":
+            _write(spec_to_json(find_environment(arguments.env, _env_config(arguments)).spec))
+        case "evaluate":
+            weights = read_policy(arguments.policy)
+            config = _env_config(arguments)
+            result = evaluate(arguments.env, config, weights, arguments.episodes, arguments.seed)
+            _write(msgspec.json.encode(result))
+        case "envs":
+            found = [find_environment(env, {}) for env in sorted(BUILT_IN)]
+            rows = [
+                {"env": s.spec.env, "about": (s.world.__doc__ or "").strip().splitlines()[0], "spec": s.spec}
+                for s in found
+            ]
+            _write(msgspec.json.encode(rows))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m rustyrl_actors")
+    parser.add_argument("--parent", type=int, default=0, help="die with this process")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    run = verbs.add_parser("run", help="be an actor")
+    run.add_argument("--join", required=True)
+    run.add_argument("--index", type=int, default=-1)
+    verbs.add_parser("envs", help="list the built-in environments as JSON")
+    for name in ("describe", "evaluate"):
+        verb = verbs.add_parser(name)
+        verb.add_argument("env")
+        verb.add_argument("--env-config", default="{}", help="JSON: slots and parameters")
+        if name == "evaluate":
+            verb.add_argument("--policy", type=Path, required=True)
+            verb.add_argument("--episodes", type=int, default=400)
+            verb.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def _env_config(arguments: argparse.Namespace) -> dict[str, bool | int | float | str]:
+    return msgspec.json.decode(arguments.env_config, type=dict[str, bool | int | float | str])
+
+
+def _write(content: bytes) -> None:
+    sys.stdout.buffer.write(content + b"\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

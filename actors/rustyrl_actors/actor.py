@@ -1,0 +1,224 @@
+"""The actor process: tickets in, rollouts out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rustyrl.channels import RolloutSender
+from rustyrl.errors import RunFailedError, UsageError
+from rustyrl.rollout import Rollout, RolloutOrigin, Ticket, allocate_rollout
+from rustyrl.stages import Stages
+from rustyrl.weights import Weights
+from rustyrl.wire import (
+    Goodbye,
+    Hello,
+    Lease,
+    Ready,
+    Refusal,
+    TicketMessage,
+    WeightsHeader,
+    Welcome,
+    decode_weights_message,
+    encode_rollout,
+)
+from rustyrl_actors.catalog import EnvironmentSource, find_environment
+from rustyrl_actors.environment import allocate_rows
+from rustyrl_actors.inference import Policy
+from rustyrl_actors.noise import allocate_noise, fill_noise, noise_generator
+from rustyrl_actors.unroll import OwnedWorld, UnrollBuffer, unroll
+
+__all__ = ["Fleet", "run_actor"]
+
+log = logging.getLogger(__name__)
+
+JOIN_S = 60.0  # how long a learner may take to answer hello
+LEASE_S = 1.0  # how often a waiting actor says that it lives
+SEND_S = 30.0  # how long a learner may take to read a rollout before it is given up as gone
+BUFFERS = 2  # one is sent while the next is written
+STALE_BATCHES = 65  # one more than the largest policy lag: a world left behind so far has another owner
+
+
+def run_actor(address: str, index: int) -> None:
+    """Join the learner at ``address`` and answer its tickets until it says goodbye.
+
+    Args:
+        address: where the learner listens.
+        index: this actor's place among the actors, -1 for any free one.
+
+    Raises:
+        RunFailedError: the learner refused this actor, did not answer or went away.
+    """
+    with RolloutSender(address) as link:
+        try:
+            incarnation = secrets.randbits(62)
+            welcome = _join(link, index, incarnation)
+            fleet = _build_fleet(link, welcome, incarnation)
+            _answer_tickets(link, fleet)
+        except TimeoutError as error:
+            raise RunFailedError(f"{address}: {error}") from None
+
+
+def _answer_tickets(link: RolloutSender, fleet: Fleet) -> None:
+    stages = Stages()
+    while True:
+        with stages("wait"):
+            received = link.receive(LEASE_S)
+        if received is None:
+            link.send(Lease(), timeout_s=SEND_S)
+            continue
+        match received.message:
+            case WeightsHeader():
+                with stages("load"):
+                    fleet.load(decode_weights_message(received.blob))
+            case TicketMessage() as message:
+                recording = fleet.answer(message.ticket, stages)
+                with stages("encode"):
+                    header, blob = encode_rollout(recording.rollout)
+                with stages("send"):
+                    recording.sent = link.send_frames(header, blob, SEND_S).wait
+            case Goodbye():
+                log.info("the run is over")
+                return
+            case Refusal(reason):
+                raise RunFailedError(f"the learner refused this actor: {reason}")
+
+
+@dataclass(slots=True)
+class Recording:
+    """A buffer and, while its last rollout may still be on its way out, what waits for that."""
+
+    buffer: UnrollBuffer
+    sent: Callable[[float], None] = field(default=lambda _timeout_s: None)
+
+    @property
+    def rollout(self) -> Rollout:
+        """What was recorded last."""
+        return self.buffer.rollout
+
+
+class Fleet:
+    """The worlds that this actor owns, its policy, and the buffers that it records into."""
+
+    def __init__(self, source: EnvironmentSource, welcome: Welcome, incarnation: int) -> None:
+        self._source = source
+        self._welcome = welcome
+        self._incarnation = incarnation
+        self._worlds: dict[int, OwnedWorld] = {}
+        self._recordings: dict[tuple[int, ...], list[Recording]] = {}
+        self._weights: Weights | None = None
+        self._policies: dict[int, Policy] = {}
+
+    def load(self, weights: Weights) -> None:
+        """Act under these weights from now on."""
+        if (weights.spec.observation, weights.spec.action) != (self._source.spec.observation, self._source.spec.action):
+            raise RunFailedError("the learner sent a policy for another environment")
+        self._weights = weights
+        for policy in self._policies.values():
+            policy.load(weights)
+
+    def answer(self, ticket: Ticket, stages: Stages) -> Recording:
+        """Unroll the worlds of a ticket."""
+        with stages("prepare"):
+            worlds = [self._world(index, ticket.batch) for index in ticket.worlds]
+            recording = self._recording(ticket.worlds)
+            recording.sent(SEND_S)
+            buffer = recording.buffer
+            action = self._source.spec.action
+            for world, columns in zip(worlds, buffer.columns, strict=True):
+                generator = noise_generator(self._welcome.seed, world.index, ticket.batch)
+                fill_noise(buffer.noise, action, columns, generator)
+        unroll(worlds, self._policy(buffer.rollout.slots), buffer, stages)
+        for world in worlds:
+            world.next_batch = ticket.batch + 1
+        buffer.rollout.origin = RolloutOrigin(
+            fingerprint=self._source.spec.fingerprint,
+            policy_name="main",
+            ticket=ticket,
+            learner_incarnation=self._welcome.learner_incarnation,
+            actor_index=self._welcome.index,
+            actor_incarnation=self._incarnation,
+            stage_s=stages.take(),
+        )
+        return recording
+
+    def close(self) -> None:
+        """Close every world."""
+        for world in self._worlds.values():
+            world.environment.close()
+        self._worlds.clear()
+
+    def _world(self, index: int, batch: int) -> OwnedWorld:
+        for other in [w for w in self._worlds.values() if w.next_batch + STALE_BATCHES < batch]:
+            self._worlds.pop(other.index).environment.close()
+        world = self._worlds.get(index)
+        if world is None:
+            environment = self._source.make(stagger=self._welcome.stagger)
+            world = OwnedWorld(index, environment, -1, allocate_rows(self._source.spec).observation)
+            self._worlds[index] = world
+        if world.next_batch != batch:  # new here, or it ran on elsewhere: new episodes
+            world.environment.reset((self._welcome.seed, index, batch), world.observation)
+            world.next_batch = batch
+        return world
+
+    def _recording(self, worlds: tuple[int, ...]) -> Recording:
+        ring = self._recordings.get(worlds)
+        if ring is None:
+            self._recordings.clear()  # ownership changed: the old shapes do not come back
+            ring = self._recordings[worlds] = [Recording(self._buffer(worlds)) for _ in range(BUFFERS)]
+        ring.append(ring.pop(0))
+        return ring[-1]
+
+    def _buffer(self, worlds: tuple[int, ...]) -> UnrollBuffer:
+        spec, length = self._source.spec, self._welcome.unroll_length
+        slots = spec.slots * len(worlds)
+        origin = RolloutOrigin(spec.fingerprint, "main", Ticket(0, 0, worlds), 0, 0, 0)
+        action = spec.action.array
+        return UnrollBuffer(
+            rollout=allocate_rollout(spec, length, slots, origin, poison=self._welcome.poison),
+            columns=[slice(i * spec.slots, (i + 1) * spec.slots) for i in range(len(worlds))],
+            noise=allocate_noise(spec.action, length, slots),
+            clipped=np.zeros((slots, *action.shape), action.dtype),
+        )
+
+    def _policy(self, slots: int) -> Policy:
+        if self._weights is None:
+            raise RunFailedError("the learner sent a ticket before any weights")
+        if slots not in self._policies:
+            self._policies = {slots: Policy(self._weights, slots)}
+        return self._policies[slots]
+
+
+def _join(link: RolloutSender, index: int, incarnation: int) -> Welcome:
+    """Say hello until the learner answers: it may still be starting."""
+    hello = Hello(index, incarnation, os.getpid(), socket.gethostname())
+    deadline = time.monotonic() + JOIN_S
+    link.send(hello, timeout_s=JOIN_S)
+    while (left := deadline - time.monotonic()) > 0:
+        received = link.receive(left)
+        match received and received.message:
+            case Welcome() as welcome:
+                return welcome
+            case Refusal(reason):
+                raise RunFailedError(f"the learner refused this actor: {reason}")
+            case Goodbye():
+                raise RunFailedError("the run is over")
+    raise TimeoutError(f"the learner did not answer within {JOIN_S:.0f} s")
+
+
+def _build_fleet(link: RolloutSender, welcome: Welcome, incarnation: int) -> Fleet:
+    try:
+        source = find_environment(welcome.env, welcome.env_config)
+    except UsageError as error:
+        link.send(Refusal(str(error)))
+        raise
+    link.send(Ready(source.spec.fingerprint))
+    log.info("joined as actor %d: %s, fingerprint %s", welcome.index, welcome.env, source.spec.fingerprint)
+    return Fleet(source, welcome, incarnation)

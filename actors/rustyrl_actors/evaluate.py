@@ -1,0 +1,83 @@
+"""Fly a policy greedily on fresh seeds and say how well it does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from rustyrl.errors import UsageError
+from rustyrl.weights import Weights
+from rustyrl_actors.catalog import find_environment
+from rustyrl_actors.environment import allocate_rows
+from rustyrl_actors.inference import Policy
+
+__all__ = ["evaluate"]
+
+EVALUATION_STREAM = 1_000_003  # keeps the seeds apart from those of training worlds
+MAX_SLOTS = 1024
+
+
+def evaluate(env: str, env_config: Mapping[str, Any], weights: Weights, episodes: int, seed: int) -> dict[str, float]:
+    """Run the first episode of each of ``episodes`` slots, acting greedily.
+
+    Only first episodes count, so that short ones are not over-represented.
+
+    Returns:
+        ``episodes, return_mean, return_std, length_mean`` and the metrics that the world declares, NaN where no
+        episode gave a number.
+    """
+    parts: list[dict[str, Any]] = []
+    left = episodes
+    while left > 0:
+        slots = min(left, MAX_SLOTS)
+        parts.append(_first_episodes(env, {**env_config, "slots": slots}, weights, (seed, EVALUATION_STREAM, left)))
+        left -= slots
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    result = {
+        "episodes": float(episodes),
+        "return_mean": float(joined["return"].mean()),
+        "return_std": float(joined["return"].std()),
+        "length_mean": float(joined["length"].mean()),
+    }
+    for metric in find_environment(env, env_config).spec.metrics:
+        values = joined[f"metric.{metric.episode_metric}"]
+        values = values[~np.isnan(values)]
+        aggregate = np.median if metric.aggregate == "median" else np.mean
+        result[metric.name] = float(aggregate(values)) if len(values) else float("nan")
+    return result
+
+
+def _first_episodes(env: str, env_config: Mapping[str, Any], weights: Weights, seed: tuple[int, ...]) -> dict[str, Any]:
+    source = find_environment(env, env_config)
+    spec = source.spec
+    if (weights.spec.observation, weights.spec.action) != (spec.observation, spec.action):
+        raise UsageError(
+            f"the policy is for another environment: it takes {weights.spec.observation} and gives "
+            f"{weights.spec.action}, {env!r} has {spec.observation} and {spec.action}"
+        )
+    policy = Policy(weights, spec.slots)
+    environment = source.make()
+    rows = allocate_rows(spec)
+    action = np.zeros((spec.slots, *spec.action.shape), spec.action.array.dtype)
+    first = {"return": np.zeros(spec.slots), "length": np.zeros(spec.slots)}
+    first |= {f"metric.{name}": np.zeros(spec.slots) for name in spec.episode_metrics}
+    running = np.ones(spec.slots, bool)
+    try:
+        environment.reset(seed, rows.observation)
+        while running.any():
+            policy.act(rows.observation, None, action)
+            step = environment.step(policy.clip(action, action), rows)
+            if (episodes := step.episodes) is None:
+                continue
+            news = running[episodes.slot]
+            slots = episodes.slot[news]
+            first["return"][slots] = episodes.episode_return[news]
+            first["length"][slots] = episodes.length[news]
+            for name, values in episodes.metrics.items():
+                first[f"metric.{name}"][slots] = values[news]
+            running[slots] = False
+    finally:
+        environment.close()
+    return first

@@ -1,0 +1,1 @@
+"""The PPO learner: everything that needs torch."""

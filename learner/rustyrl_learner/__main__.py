@@ -1,0 +1,85 @@
+"""``python -m rustyrl_learner``: what the launcher and `rustyrl doctor` start; not for users."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import traceback
+from pathlib import Path
+
+import msgspec
+
+from rustyrl.channels import ControlClient
+from rustyrl.config import build_config, read_config
+from rustyrl.errors import RunFailedError, UsageError
+from rustyrl.parent import die_with_parent
+from rustyrl.spec import read_spec
+
+
+def main() -> int:
+    """Run one verb; the exit code is 0, 1 for a failed run, 2 for bad use."""
+    arguments = _parse()
+    die_with_parent(arguments.parent)
+    if arguments.verb == "doctor":
+        return _doctor()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    with ControlClient(arguments.control) as control:
+        control.send({"kind": "hello"})
+        try:
+            return _run(arguments, control)
+        except (UsageError, RunFailedError) as error:
+            control.send({"kind": "failed", "message": str(error), "exit_code": error.exit_code})
+            return error.exit_code
+        except Exception as error:
+            traceback.print_exc()
+            control.send({"kind": "failed", "message": f"{type(error).__name__}: {error}", "crashed": True})
+            return 1
+
+
+def _run(arguments: argparse.Namespace, control: ControlClient) -> int:
+    from rustyrl_learner.learner import Learner, run_learner  # torch: only after the launcher knows of us
+
+    config = build_config(read_config(arguments.run / "config.toml"))
+    spec = read_spec((arguments.run / "spec.json").read_bytes())
+    learner = Learner(
+        arguments.run,
+        config,
+        spec,
+        control,
+        arguments.listen,
+        arguments.incarnation,
+        arguments.expect,
+        resume=arguments.resume,
+    )
+    return run_learner(learner, control)
+
+
+def _doctor() -> int:
+    import torch
+
+    found = {"version": torch.__version__, "cuda_build": torch.version.cuda or "none", "device": "cpu"}
+    if torch.cuda.is_available():
+        found["device"] = torch.cuda.get_device_name()
+    found["threads"] = str(torch.get_num_threads())
+    sys.stdout.buffer.write(msgspec.json.encode(found))
+    return 0
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m rustyrl_learner")
+    parser.add_argument("--parent", type=int, default=0, help="die with this process")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("doctor", help="say what torch sees, as JSON")
+    run = verbs.add_parser("run", help="be the learner of a run folder")
+    run.add_argument("--run", type=Path, required=True)
+    run.add_argument("--control", required=True)
+    run.add_argument("--listen", required=True)
+    run.add_argument("--incarnation", type=int, default=0)
+    run.add_argument("--expect", type=int, default=1, help="actors that the first batch waits for")
+    run.add_argument("--resume", action="store_true")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

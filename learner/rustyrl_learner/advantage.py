@@ -1,0 +1,50 @@
+"""From a batch to what the update reads: normalised rows, values, advantages, targets."""
+
+from __future__ import annotations
+
+import torch
+
+from rustyrl_learner.batch import Batch
+from rustyrl_learner.gae import gae, next_values
+from rustyrl_learner.network import ActorCritic
+from rustyrl_learner.normalizer import ObservationNormalizer
+from rustyrl_learner.ppo import TrainingBatch
+
+__all__ = ["training_batch"]
+
+
+@torch.no_grad()
+def training_batch(
+    network: ActorCritic,
+    normalizer: ObservationNormalizer | None,
+    batch: Batch,
+    gamma: float,
+    gae_lambda: float,
+) -> TrainingBatch:
+    """Evaluate the critic on every row and on every final observation in one pass, then `gae` (stop 7).
+
+    Rows that held no agent are left out of the result.
+    """
+    steps, slots = batch.reward.shape
+    width = batch.observation.shape[-1]
+    rows = torch.cat([batch.observation.reshape(-1, width), batch.final_observation])
+    if normalizer is not None:
+        rows = normalizer.apply(rows)
+    values = network.value(rows)
+    count = (steps + 1) * slots
+    value = values[:count].reshape(steps + 1, slots)
+    future = next_values(value, batch.terminated, batch.truncated, batch.final_index, values[count:])
+    ended = batch.terminated | batch.truncated
+    advantage = gae(batch.reward, value[:-1], future, ended, batch.valid, gamma, gae_lambda)
+    flat = {
+        "observation": rows[: steps * slots],
+        "action": batch.action.reshape(steps * slots, *batch.action.shape[2:]),
+        "behavior_log_prob": batch.behavior_log_prob.reshape(-1),
+        "advantage": advantage.reshape(-1),
+        "value": value[:-1].reshape(-1),
+        "value_target": (advantage + value[:-1]).reshape(-1),
+    }
+    valid = batch.valid.reshape(-1)
+    if not bool(valid.all()):
+        flat = {name: array[valid] for name, array in flat.items()}
+    return TrainingBatch(**flat)

@@ -1,0 +1,151 @@
+"""Checkpoints: written whole or not at all, believed only if every byte is as it was written.
+
+A checkpoint is a folder named by its policy version. ``policy.safetensors`` is the policy as actors and games
+read it; ``learner.safetensors`` holds the networks, the optimiser's moments, the normaliser and the state of the
+shuffles; ``manifest.json`` names the checksum of both and the counters. The folder is written under another name,
+synced and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from rustyrl.errors import RunFailedError
+
+__all__ = ["Counters", "Manifest", "list_checkpoints", "load_newest", "optimizer_tensors", "prune", "save"]
+__all__ += ["restore_optimizer"]
+
+log = logging.getLogger(__name__)
+
+
+class Counters(msgspec.Struct, frozen=True):
+    """How far training has come."""
+
+    policy_version: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    learning_rate: float = 0.0
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What makes a checkpoint believable."""
+
+    counters: Counters
+    fingerprint: str
+    learner_incarnation: int
+    sha256: dict[str, str]
+    format: int = 1
+
+
+def save(
+    folder: Path,
+    counters: Counters,
+    policy: bytes,
+    tensors: dict[str, Tensor],
+    fingerprint: str,
+    incarnation: int,
+) -> Path:
+    """Write one checkpoint into ``folder``; returns its path. Existing ones of this version stay as they are."""
+    target = folder / f"{counters.policy_version:09d}"
+    if target.exists():
+        return target
+    files = {
+        "policy.safetensors": policy,
+        "learner.safetensors": save_tensors({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}),
+    }
+    manifest = Manifest(
+        counters, fingerprint, incarnation, {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    )
+    files["manifest.json"] = msgspec.json.encode(manifest)
+    partial = folder / f".{target.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, data in files.items():
+        with (partial / name).open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    _sync_folder(partial)
+    partial.rename(target)
+    _sync_folder(folder)
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Every finished checkpoint, oldest first."""
+    return sorted(path for path in folder.glob("[0-9]*") if path.is_dir() and path.name.isdigit())
+
+
+def load_newest(folder: Path, fingerprint: str) -> tuple[Manifest, dict[str, Tensor], Path] | None:
+    """The newest checkpoint whose bytes are as they were written; warns of each that is not.
+
+    Raises:
+        RunFailedError: there are checkpoints but none is whole, or they are of another environment.
+    """
+    found = list_checkpoints(folder)
+    for path in reversed(found):
+        try:
+            manifest = msgspec.json.decode((path / "manifest.json").read_bytes(), type=Manifest)
+            data = {name: (path / name).read_bytes() for name in manifest.sha256}
+        except (OSError, msgspec.DecodeError) as error:
+            log.warning("checkpoint %s is not whole (%s), trying the one before", path, error)
+            continue
+        broken = [n for n, content in data.items() if hashlib.sha256(content).hexdigest() != manifest.sha256[n]]
+        if broken or "learner.safetensors" not in data:
+            log.warning("checkpoint %s is damaged (%s), trying the one before", path, ", ".join(broken) or "files")
+            continue
+        if manifest.fingerprint != fingerprint:
+            raise RunFailedError(
+                f"checkpoint {path} is of environment {manifest.fingerprint}, this run's is {fingerprint}: resume "
+                "with the same environment and parameters, or start from its policy with --init"
+            )
+        return manifest, load_tensors(data["learner.safetensors"]), path
+    if found:
+        raise RunFailedError(f"none of the {len(found)} checkpoints in {folder} is whole; see the log")
+    return None
+
+
+def prune(folder: Path, kept: int, protected: set[int]) -> None:
+    """Remove all but the newest ``kept`` checkpoints and those of the ``protected`` policy versions."""
+    found = list_checkpoints(folder)
+    for path in found[:-kept]:
+        if int(path.name) not in protected:
+            shutil.rmtree(path, ignore_errors=True)
+    for partial in folder.glob(".*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state by the position of its parameter."""
+    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
+    return {f"optimizer.{i}.{name}": torch.as_tensor(v) for i, entry in state.items() for name, v in entry.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` took out."""
+    content = optimizer.state_dict()
+    content["state"] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".")
+            content["state"].setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict(content)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,336 @@
+"""The receive thread: membership, tickets out, rollouts in, batches filled while training runs."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from rustyrl.channels import Received, RolloutReceiver
+from rustyrl.config import Config
+from rustyrl.errors import RunFailedError, WireError
+from rustyrl.spec import EnvironmentSpec
+from rustyrl.wire import (
+    Goodbye,
+    Hello,
+    Lease,
+    Ready,
+    Refusal,
+    RolloutHeader,
+    TicketMessage,
+    WeightsHeader,
+    Welcome,
+    decode_rollout,
+)
+from rustyrl_learner.batch import BatchBuffer
+from rustyrl_learner.ingest import admit
+from rustyrl_learner.tickets import TicketBook
+
+__all__ = ["Collector"]
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.5
+
+
+@dataclass(slots=True)
+class _Actor:
+    """One peer that said hello."""
+
+    hello: Hello
+    index: int
+    seen: float
+    ready: bool = False
+    held_version: int = -1
+    steps: int = 0
+    rollouts: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+
+class Collector:
+    """Runs the learner's end of the link in a thread of its own.
+
+    The training thread takes complete batches with `next_batch`, answers each with `publish`, and never touches a
+    socket. Everything else here belongs to the receive thread.
+    """
+
+    def __init__(
+        self,
+        receiver: RolloutReceiver,
+        spec: EnvironmentSpec,
+        config: Config,
+        incarnation: int,
+        expect: int,
+        first_version: int,
+        weights: bytes,
+        *,
+        pin: bool,
+    ) -> None:
+        self._receiver = receiver
+        self._spec = spec
+        self._config = config
+        self._incarnation = incarnation
+        self._expect = expect
+        self._started = False
+        self._book = TicketBook(config.batch.worlds, config.batch.max_policy_lag, first_version)
+        self._blobs = {first_version: weights}
+        self._newest = first_version
+        self._actors: dict[bytes, _Actor] = {}
+        self._filling: dict[int, BatchBuffer] = {}
+        self._done: set[int] = set()
+        self._next_batch = first_version
+        self._free = [
+            BatchBuffer(0, spec, config.batch.unroll_length, config.batch.worlds, pin)
+            for _ in range(config.batch.max_policy_lag + 1)
+        ]
+        self._complete: queue.Queue[BatchBuffer | BaseException] = queue.Queue()
+        self._orders: deque[tuple[str, Any]] = deque()
+        self._rejected_strangers: dict[str, int] = {}
+        self._stopping = threading.Event()
+        self._snapshot: dict[str, Any] = {}
+        self._snapshot = self._describe()
+        self._thread = threading.Thread(target=self._run, name="receive", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def next_batch(self, timeout_s: float) -> BatchBuffer | None:
+        """The next complete batch in order, or None when the time is over; raises what ended the thread."""
+        try:
+            item = self._complete.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def publish(self, buffer: BatchBuffer, version: int, weights: bytes, rejected: str | None = None) -> None:
+        """Hand a batch's memory back and out goes what was made of it, ahead of the tickets that name it."""
+        self._orders.append(("publish", (buffer, version, weights, rejected)))
+        self._receiver.wake()
+
+    def report_death(self, pid: int) -> None:
+        """The launcher saw an actor process of this machine end."""
+        self._orders.append(("death", pid))
+        self._receiver.wake()
+
+    def snapshot(self) -> dict[str, Any]:
+        """Members and books, as of the last turn of the receive thread."""
+        return self._snapshot
+
+    def close(self) -> dict[str, Any]:
+        """Say goodbye to every actor, end the thread, close the sockets; the last snapshot."""
+        self._stopping.set()
+        self._receiver.wake()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5.0)
+        self._receiver.close()
+        return self._snapshot
+
+    def _run(self) -> None:
+        deadline = time.monotonic() + self._config.cluster.start_deadline_s
+        try:
+            while not self._stopping.is_set():
+                for received in self._receiver.receive(POLL_S):
+                    self._handle(received)
+                    del received
+                self._follow_orders()
+                self._expire_leases()
+                self._check_start(deadline)
+                self._issue_tickets()
+                self._snapshot = self._describe()
+            for peer in self._actors:
+                self._receiver.send(peer, Goodbye())
+        except BaseException as error:
+            for peer in self._actors:
+                self._receiver.send(peer, Goodbye())
+            self._complete.put(error)
+
+    def _handle(self, received: Received) -> None:
+        actor = self._actors.get(received.peer)
+        if actor is not None:
+            actor.seen = time.monotonic()
+        match received.message:
+            case RolloutHeader() as header:
+                self._take_rollout(received.peer, actor, header, received.blob)
+            case Hello() as hello:
+                self._welcome(received.peer, hello)
+            case Ready(fingerprint):
+                self._admit_actor(received.peer, actor, fingerprint)
+            case Lease():
+                pass
+            case Goodbye() | Refusal():
+                self._lose(received.peer, "it left")
+            case WireError(reason=reason):
+                self._count_stranger(reason)
+            case other:
+                self._count_stranger(f"unexpected-{type(other).__name__.lower()}")
+
+    def _welcome(self, peer: bytes, hello: Hello) -> None:
+        taken = {actor.index for actor in self._actors.values()}
+        index = hello.index
+        if index < 0:
+            index = next(i for i in range(len(taken) + 1) if i not in taken)
+        elif index in taken:
+            self._receiver.send(peer, Refusal(f"there is an actor with index {index} already"))
+            return
+        self._actors[peer] = _Actor(hello, index, time.monotonic())
+        config = self._config
+        self._receiver.send(
+            peer,
+            Welcome(
+                index=index,
+                learner_incarnation=self._incarnation,
+                env=config.run.env,
+                env_config=config.env,
+                seed=config.run.seed,
+                unroll_length=config.batch.unroll_length,
+                stagger=config.actor.stagger,
+                poison=config.actor.poison,
+            ),
+        )
+
+    def _admit_actor(self, peer: bytes, actor: _Actor | None, fingerprint: str) -> None:
+        if actor is None:
+            self._count_stranger("ready-before-hello")
+            return
+        if fingerprint != self._spec.fingerprint:
+            self._receiver.send(
+                peer,
+                Refusal(
+                    f"this run's environment {self._spec.env!r} has fingerprint {self._spec.fingerprint}, the actor's "
+                    f"has {fingerprint}: install the same code and set the same parameters on both sides"
+                ),
+            )
+            del self._actors[peer]
+            return
+        if not actor.ready:
+            actor.ready = True
+            self._book.join(peer, actor.index)
+            log.info("actor %d joined (pid %d on %s)", actor.index, actor.hello.pid, actor.hello.host)
+
+    def _take_rollout(self, peer: bytes, actor: _Actor | None, header: RolloutHeader, blob: memoryview) -> None:
+        try:
+            rollout = decode_rollout(header, blob)
+        except WireError as error:
+            self._count_stranger(error.reason)
+            return
+        ticket = rollout.origin.ticket
+        if actor is None or not self._book.owes(peer, ticket):
+            self._count_stranger("ticket")
+            return
+        try:
+            admit(rollout, self._spec, self._config.batch.unroll_length, self._incarnation)
+        except WireError as error:
+            log.warning("refused a rollout of actor %d: %s", actor.index, error)
+            if not self._book.reject(peer, ticket, error.reason):
+                self._receiver.send(peer, Refusal(f"its rollouts were refused three times, last for {error}"))
+                self._lose(peer, f"its rollouts are refused: {error}")
+            return
+        buffer = self._filling.get(ticket.batch)
+        if buffer is None:
+            buffer = self._filling[ticket.batch] = self._free.pop()
+            buffer.begin(ticket.batch)
+        buffer.place(rollout)
+        actor.steps += int(rollout.valid.sum())
+        actor.rollouts += 1
+        if self._book.accept(peer, ticket):
+            self._done.add(ticket.batch)
+        while self._next_batch in self._done:  # in order, whichever was complete first
+            self._done.remove(self._next_batch)
+            self._complete.put(self._filling.pop(self._next_batch))
+            self._next_batch += 1
+
+    def _follow_orders(self) -> None:
+        while self._orders:
+            order, what = self._orders.popleft()
+            if order == "death":
+                for peer in [p for p, actor in self._actors.items() if actor.hello.pid == what]:
+                    self._lose(peer, "its process ended")
+                continue
+            buffer, version, weights, rejected = what
+            self._book.finish(buffer.number, rejected)
+            self._free.append(buffer)
+            self._newest = version
+            self._blobs[version] = weights
+            for old in [v for v in self._blobs if v < version - self._config.batch.max_policy_lag]:
+                del self._blobs[old]
+
+    def _issue_tickets(self) -> None:
+        if not self._started:
+            return
+        for peer, ticket in self._book.due(self._newest):
+            actor = self._actors.get(peer)
+            if actor is None:  # lost a moment ago, and this ticket with it
+                continue
+            if actor.held_version != ticket.policy_version:  # the weights always travel ahead of the ticket
+                header = WeightsHeader(self._incarnation, ticket.policy_version)
+                if not self._receiver.send(peer, header, self._blobs[ticket.policy_version]):
+                    self._lose(peer, "it cannot be reached")
+                    continue
+                actor.held_version = ticket.policy_version
+            message = TicketMessage(self._incarnation, ticket.batch, ticket.policy_version, ticket.worlds)
+            if not self._receiver.send(peer, message):
+                self._lose(peer, "it cannot be reached")
+
+    def _check_start(self, deadline: float) -> None:
+        """Batch 0 waits for every actor that is expected, with a deadline."""
+        if self._started:
+            return
+        ready = len(self._book.members)
+        if ready >= self._expect:
+            self._started = True
+        elif time.monotonic() > deadline:
+            limit_s = self._config.cluster.start_deadline_s
+            if not ready:
+                raise RunFailedError(f"no actor joined within {limit_s:.0f} s")
+            log.warning("starting with %d of %d actors after %.0f s", ready, self._expect, limit_s)
+            self._started = True
+
+    def _expire_leases(self) -> None:
+        limit = time.monotonic() - self._config.cluster.lease_s
+        for peer in [p for p, actor in self._actors.items() if actor.seen < limit]:
+            self._lose(peer, f"silent for {self._config.cluster.lease_s:.0f} s")
+
+    def _lose(self, peer: bytes, why: str) -> None:
+        actor = self._actors.pop(peer, None)
+        if actor is None:
+            return
+        log.warning("actor %d is gone: %s", actor.index, why)
+        self._book.leave(peer)
+        if not self._started:
+            self._expect = max(1, self._expect - 1)
+
+    def _count_stranger(self, reason: str) -> None:
+        """Count what answers no ticket: it is no part of the books of tickets."""
+        self._rejected_strangers[reason] = self._rejected_strangers.get(reason, 0) + 1
+
+    def _describe(self) -> dict[str, Any]:
+        worlds = {member.peer: len(member.worlds) for member in self._book.members}
+        now = time.monotonic()
+        return {
+            "actors": [
+                {
+                    "index": actor.index,
+                    "pid": actor.hello.pid,
+                    "host": actor.hello.host,
+                    "ready": actor.ready,
+                    "worlds": worlds.get(peer, 0),
+                    "sps": round(actor.steps / max(now - actor.since, 1e-9), 1),
+                    "version": actor.held_version,
+                    "rollouts": actor.rollouts,
+                    "silent_s": round(now - actor.seen, 3),
+                }
+                for peer, actor in sorted(self._actors.items(), key=lambda item: item[1].index)
+            ],
+            "tickets": msgspec.to_builtins(self._book.books()),
+            "refused_messages": dict(self._rejected_strangers),
+            "worlds_moved": self._book.worlds_moved,
+        }

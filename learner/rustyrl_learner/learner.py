@@ -1,0 +1,355 @@
+"""The learner process: batches in, versions out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from rustyrl.channels import ControlClient, RolloutReceiver
+from rustyrl.condition import Condition, meets, parse_condition
+from rustyrl.config import Config
+from rustyrl.errors import ContractError, RunFailedError, UsageError
+from rustyrl.spec import EnvironmentSpec
+from rustyrl.stages import Stages
+from rustyrl.weights import PolicySpec, encode_weights, read_policy
+from rustyrl_learner import checkpoint
+from rustyrl_learner.advantage import training_batch
+from rustyrl_learner.checkpoint import Counters
+from rustyrl_learner.collector import Collector
+from rustyrl_learner.network import ActorCritic, export_weights, import_weights
+from rustyrl_learner.normalizer import ObservationNormalizer
+from rustyrl_learner.ppo import ppo_update
+from rustyrl_learner.record import EpisodeWindow, MetricsLog
+
+__all__ = ["Learner", "StopRequestedError", "choose_device"]
+
+log = logging.getLogger(__name__)
+
+WAIT_S = 0.1  # how long the training thread waits for a batch before it looks at its orders
+REPORT_S = 0.2
+MAX_CANDIDATES = 2  # versions waiting for their evaluation before training waits for the oldest
+MIN_EPISODES = 20  # before training figures say anything about the goal
+
+
+class StopRequestedError(Exception):
+    """The launcher wants this process to end, for a reason."""
+
+
+class Learner:
+    """Everything that lives as long as the learner process: networks, optimiser, collector, files."""
+
+    def __init__(
+        self,
+        run: Path,
+        config: Config,
+        spec: EnvironmentSpec,
+        control: ControlClient,
+        listen: str,
+        incarnation: int,
+        expect: int,
+        *,
+        resume: bool,
+    ) -> None:
+        self._run_folder = run
+        self._config = config
+        self._spec = spec
+        self._control = control
+        self._incarnation = incarnation
+        self._stop_reason: str | None = None
+        self._stages = Stages()
+        self._stages_s: dict[str, float] = {}
+        self._window = EpisodeWindow(spec)
+        self._conditions = evaluation_conditions(config, spec)
+        self._candidates: list[int] = []
+        self._best: int | None = None
+        self._reported = 0.0
+
+        self._device = choose_device(config.run.device)
+        if self._device.type == "cpu":
+            torch.set_num_threads(config.run.threads or default_threads())
+        torch.manual_seed(config.run.seed)
+        self._shuffle = torch.Generator().manual_seed(config.run.seed)
+        policy = PolicySpec(
+            observation=spec.observation,
+            action=spec.action,
+            hidden=config.policy.hidden,
+            activation=config.policy.activation,
+            normalize=config.policy.normalize,
+            observation_clip=config.policy.observation_clip,
+        )
+        self._network = ActorCritic(
+            policy, shared=config.policy.trunk == "shared", initial_log_std=config.policy.initial_log_std
+        ).to(self._device)
+        self._normalizer = (
+            ObservationNormalizer(spec.observation_width, config.policy.observation_clip, self._device)
+            if config.policy.normalize
+            else None
+        )
+        self._optimizer = torch.optim.Adam(
+            self._network.parameters(), lr=config.ppo.learning_rate, eps=config.ppo.adam_epsilon, fused=True
+        )
+        self._counters = Counters(learning_rate=config.ppo.learning_rate)
+        if config.run.init and not resume:
+            self._start_from(Path(config.run.init))
+        if resume:
+            self._resume()
+        self._log = MetricsLog(run, self._counters.policy_version)
+        self._receiver = RolloutReceiver(listen)
+        self._collector = Collector(
+            self._receiver,
+            spec,
+            config,
+            incarnation,
+            expect,
+            self._counters.policy_version,
+            encode_weights(export_weights(self._network, self._normalizer)),
+            pin=self._device.type == "cuda",
+        )
+        self._started = time.monotonic() - self._counters.seconds
+
+    def train(self) -> str:
+        """Train until a limit is reached or the launcher says stop; returns why it ended."""
+        self._collector.start()
+        self._control.send({"kind": "listening", "address": self._receiver.address, "pid": os.getpid()})
+        try:
+            while (reason := self._finished()) is None:
+                self._update_once()
+        except StopRequestedError as stop:
+            reason = str(stop)
+        self._save_checkpoint()
+        if reason == "total_steps":
+            self._await_candidates()
+            reason = self._stop_reason or reason
+        return reason
+
+    def close(self) -> dict[str, Any]:
+        """Say goodbye to the actors and close every file and socket; the last figures."""
+        snapshot = self._collector.close()
+        self._log.close()
+        return self._figures(snapshot)
+
+    def request_stop(self, reason: str) -> None:
+        """End at the next opportunity; safe in a signal handler."""
+        self._stop_reason = self._stop_reason or reason
+
+    def _update_once(self) -> None:
+        """One batch to one policy version: stops 6 to 10 of the straight line."""
+        config, stages = self._config, self._stages
+        with stages("wait"):
+            buffer = self._next_batch()
+        with stages("batch"):
+            batch = buffer.to_device(self._device)
+            self._window.add(buffer.episodes())
+        warm_up = self._normalizer is not None and self._normalizer.count == 0
+        losses = None
+        if not warm_up:  # with a normaliser, the first batch only initialises it
+            with stages("advantages"):
+                training = training_batch(
+                    self._network, self._normalizer, batch, config.ppo.gamma, config.ppo.gae_lambda
+                )
+            with stages("update"):
+                rate = self._learning_rate()
+                losses = ppo_update(self._network, self._optimizer, training, config.ppo, rate, self._shuffle)
+        if self._normalizer is not None:
+            with stages("normalize"):
+                self._normalizer.fold(batch.observation[:-1][batch.valid])
+        trained = 0 if warm_up else int(batch.valid.sum())
+        self._counters = Counters(
+            policy_version=self._counters.policy_version + 1,
+            steps=self._counters.steps + trained,
+            seconds=time.monotonic() - self._started,
+            learning_rate=losses.learning_rate if losses else self._counters.learning_rate,
+        )
+        with stages("export"):
+            weights = encode_weights(export_weights(self._network, self._normalizer))
+        with stages("publish"):
+            actor_stage_s = buffer.actor_stage_s()
+            rejected = "warm-up" if warm_up else None
+            self._collector.publish(buffer, self._counters.policy_version, weights, rejected)
+        self._record(asdict(losses) if losses else {}, actor_stage_s)
+
+    def _next_batch(self) -> Any:
+        while True:
+            self._follow_orders()
+            if len(self._candidates) < MAX_CANDIDATES:
+                buffer = self._collector.next_batch(WAIT_S)
+                if buffer is not None:
+                    return buffer
+            else:
+                time.sleep(WAIT_S / 10)
+
+    def _finished(self) -> str | None:
+        limit = self._config.run.total_steps
+        return "total_steps" if limit and self._counters.steps >= limit else None
+
+    def _learning_rate(self) -> float:
+        ppo, limit = self._config.ppo, self._config.run.total_steps
+        if ppo.schedule != "linear":
+            return self._counters.learning_rate
+        return ppo.learning_rate * max(0.0, 1.0 - self._counters.steps / limit)
+
+    def _record(self, losses: dict[str, Any], actor_stage_s: dict[str, float]) -> None:
+        version, run = self._counters.policy_version, self._config.run
+        learner_s = self._stages.take()
+        self._stages_s = {n: self._stages_s.get(n, 0.0) + learner_s.get(n, 0.0) for n in self._stages_s | learner_s}
+        self._log.write(
+            {
+                "policy_version": version,
+                "steps": self._counters.steps,
+                "seconds": round(self._counters.seconds, 4),
+                "trained_sps": round(self._trained_sps(), 1),
+                **self._window.figures(),
+                **losses,
+                "learner_s": learner_s,
+                "actor_s": actor_stage_s,
+            }
+        )
+        if version % run.eval_every == 0 and self._near_goal():
+            path = self._save_checkpoint()
+            self._candidates.append(version)
+            message = {"kind": "candidate", "version": version, "policy": str(path / "policy.safetensors")}
+            self._control.send({**message, "steps": self._counters.steps, "seconds": self._counters.seconds})
+        elif version % run.checkpoint_every == 0:
+            self._save_checkpoint()
+        self._report()
+
+    def _near_goal(self) -> bool:
+        figures = self._window.figures()
+        enough = figures.get("episodes", 0) >= MIN_EPISODES
+        return bool(self._conditions) and enough and meets(self._conditions, figures)
+
+    def _save_checkpoint(self) -> Path:
+        tensors = {f"network.{name}": tensor for name, tensor in self._network.state_dict().items()}
+        tensors |= checkpoint.optimizer_tensors(self._optimizer)
+        tensors["shuffle"] = self._shuffle.get_state()
+        if self._normalizer is not None:
+            tensors["normalizer.mean"] = self._normalizer.mean
+            tensors["normalizer.variance"] = self._normalizer.variance
+            tensors["normalizer.count"] = torch.tensor([self._normalizer.count], dtype=torch.float64)
+        folder = self._run_folder / "checkpoints"
+        policy = encode_weights(export_weights(self._network, self._normalizer))
+        path = checkpoint.save(folder, self._counters, policy, tensors, self._spec.fingerprint, self._incarnation)
+        protected = {*self._candidates, *([] if self._best is None else [self._best])}
+        checkpoint.prune(folder, self._config.run.checkpoints_kept, protected)
+        return path
+
+    def _resume(self) -> None:
+        folder = self._run_folder / "checkpoints"
+        loaded = checkpoint.load_newest(folder, self._spec.fingerprint)
+        if loaded is None:
+            log.warning("nothing to resume from in %s, starting anew", folder)
+            return
+        manifest, tensors, path = loaded
+        names = [name.removeprefix("network.") for name in tensors if name.startswith("network.")]
+        try:
+            self._network.load_state_dict({name: tensors[f"network.{name}"] for name in names})
+        except RuntimeError as error:
+            raise UsageError(f"{path} holds other networks than the configuration describes: {error}") from None
+        checkpoint.restore_optimizer(self._optimizer, tensors)
+        self._shuffle.set_state(tensors["shuffle"])
+        if self._normalizer is not None and "normalizer.mean" in tensors:
+            self._normalizer.set_arrays({n: t.numpy() for n, t in tensors.items() if n.startswith("normalizer.")})
+        self._counters = manifest.counters
+        log.info("resumed from %s: version %d", path, self._counters.policy_version)
+
+    def _start_from(self, path: Path) -> None:
+        try:
+            import_weights(read_policy(path), self._network, self._normalizer)
+        except ValueError as error:
+            raise UsageError(f"cannot start from {path}: {error}") from None
+
+    def _await_candidates(self) -> None:
+        """At the end of the budget, let the launcher finish judging: the first to meet the goal still counts."""
+        try:
+            while self._candidates:
+                self._follow_orders()
+                time.sleep(WAIT_S / 10)
+        except StopRequestedError as stop:
+            self._stop_reason = str(stop)
+
+    def _follow_orders(self) -> None:
+        while (order := self._control.receive(0)) is not None:
+            match order.get("kind"):
+                case "stop":
+                    self.request_stop(str(order.get("reason", "stop")))
+                case "actor_died":
+                    self._collector.report_death(int(order["pid"]))
+                case "evaluated":
+                    self._candidates.remove(int(order["version"]))
+                    self._best = order.get("best")
+        if self._stop_reason is not None:
+            raise StopRequestedError(self._stop_reason)
+        if time.monotonic() - self._reported > REPORT_S:
+            self._report()
+
+    def _report(self) -> None:
+        self._reported = time.monotonic()
+        self._control.send({"kind": "report", **self._figures(self._collector.snapshot())})
+
+    def _figures(self, snapshot: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "pid": os.getpid(),
+            "version": self._counters.policy_version,
+            "steps": self._counters.steps,
+            "seconds": time.monotonic() - self._started,
+            "trained_sps": self._trained_sps(),
+            "device": str(self._device),
+            "training": self._window.figures(),
+            "stages_s": self._stages_s,
+            **snapshot,
+        }
+
+    def _trained_sps(self) -> float:
+        return self._counters.steps / max(self._counters.seconds, 1e-9)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device to compute on; raises `UsageError` where CUDA is asked for and absent."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "--device cuda: torch sees no CUDA device; use --device cpu, or install a CUDA build of torch and a driver"
+            f" (torch is {torch.__version__})"
+        )
+    return torch.device(name)
+
+
+def default_threads() -> int:
+    """Torch threads on the CPU: all cores up to 4; the learner is what limits, its products are small."""
+    return max(1, min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+
+
+def evaluation_conditions(config: Config, spec: EnvironmentSpec) -> tuple[Condition, ...]:
+    """What training episodes must reach before versions are evaluated; empty switches evaluation off."""
+    run = config.run
+    if run.stop_at:
+        return tuple(parse_condition(text).relaxed() for text in run.stop_at)
+    if run.total_steps or run.max_seconds:
+        return ()
+    return tuple(parse_condition(text) for text in spec.evaluate_from)
+
+
+def run_learner(learner: Learner, control: ControlClient) -> int:
+    """Train to the end and tell the launcher how it went; returns the exit code."""
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        learner.request_stop("signal")
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        reason = learner.train()
+    except (ContractError, RunFailedError, FloatingPointError) as error:
+        figures = learner.close()
+        control.send({"kind": "failed", "message": str(error), "figures": figures})
+        return 1
+    control.send({"kind": "done", "reason": reason, "figures": learner.close()})
+    return 0

@@ -1,0 +1,188 @@
+"""Proximal policy optimization: the loss as a pure function, and one update on one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rustyrl.config import PPOConfig
+from rustyrl_learner.network import ActorCritic
+
+__all__ = ["Losses", "TrainingBatch", "kl_estimate", "policy_loss", "ppo_update", "value_loss"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingBatch:
+    """The valid steps of one batch, flattened: N rows, everything on the learner's device.
+
+    observation: `[N, width]` float32, normalised
+    action: `[N, A]` float32 raw samples, or `[N]` int64
+    behavior_log_prob, advantage, value, value_target: `[N]` float32
+    """
+
+    observation: Tensor
+    action: Tensor
+    behavior_log_prob: Tensor
+    advantage: Tensor
+    value: Tensor
+    value_target: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What one update did, averaged over its minibatches; ``learning_rate`` is the last one used.
+
+    first_ratio_error: the largest |ratio - 1| of the first minibatch, 0 up to rounding when on-policy.
+    """
+
+    policy_loss: float
+    value_loss: float
+    entropy: float
+    approx_kl: float
+    clip_fraction: float
+    gradient_norm: float
+    first_ratio_error: float
+    epochs: int
+    learning_rate: float
+
+
+def policy_loss(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """The clipped surrogate, Schulman et al. 2017, equation 7, negated and averaged.
+
+    Args:
+        ratio: `[N]` probability of the action now over that at collection.
+        advantage: `[N]`.
+        clip: epsilon.
+    """
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return -torch.minimum(ratio * advantage, clipped * advantage).mean()
+
+
+def value_loss(value: Tensor, old_value: Tensor, target: Tensor, clip: float) -> Tensor:
+    """Half the mean squared error, with the change of the value clipped if ``clip`` is positive.
+
+    Args:
+        value: `[N]` now.
+        old_value: `[N]` when the batch was prepared.
+        target: `[N]` advantage + old value.
+        clip: the largest change that is rewarded; 0 switches clipping off.
+    """
+    error = (value - target).square()
+    if clip > 0:
+        moved = old_value + (value - old_value).clamp(-clip, clip)
+        error = torch.maximum(error, (moved - target).square())
+    return 0.5 * error.mean()
+
+
+def kl_estimate(log_ratio: Tensor) -> Tensor:
+    """KL(old || new) from samples of the old policy: the k3 estimator (Schulman, 'Approximating KL Divergence')."""
+    return (torch.expm1(log_ratio) - log_ratio).mean()
+
+
+def ppo_update(
+    network: ActorCritic,
+    optimizer: torch.optim.Optimizer,
+    batch: TrainingBatch,
+    config: PPOConfig,
+    learning_rate: float,
+    generator: torch.Generator,
+    on_minibatch: Callable[[], None] = lambda: None,
+) -> Losses:
+    """Run all epochs over one batch; returns the learning rate to go on with among the `Losses`.
+
+    Args:
+        network: changed in place.
+        optimizer: over the network's parameters.
+        batch: N valid steps.
+        config: epochs, minibatch size, coefficients.
+        learning_rate: the rate of the first epoch.
+        generator: of the shuffles, on the CPU so that every device trains in the same order.
+        on_minibatch: called after each optimiser step; may raise to abandon the update.
+
+    Raises:
+        FloatingPointError: naming the first loss or gradient that is not finite. The parameters are then
+            what they were before that optimiser step.
+    """
+    count = batch.observation.shape[0]
+    minibatches = max(1, round(count / config.minibatch_size))
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    sums = torch.zeros(6, device=batch.observation.device)
+    steps = epochs = 0
+    first_ratio_error: Tensor | None = None
+    for _ in range(config.epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        order = torch.randperm(count, generator=generator).to(batch.observation.device)
+        epoch_kl = torch.zeros((), device=batch.observation.device)
+        for rows in order.tensor_split(minibatches):
+            losses, ratio_error = _optimizer_step(network, optimizer, parameters, batch, rows, config)
+            if first_ratio_error is None:
+                first_ratio_error = ratio_error
+            sums += losses
+            epoch_kl += losses[3]
+            steps += 1
+            on_minibatch()
+        epochs += 1
+        kl = epoch_kl.item() / minibatches
+        if config.schedule == "kl":
+            learning_rate = _adapt(learning_rate, kl, config)
+        if config.stop_kl and kl > config.stop_kl:
+            break
+    policy, value, entropy, approx_kl, clipped, norm = (sums / steps).tolist()
+    assert first_ratio_error is not None  # noqa: S101 - there is at least one minibatch
+    error = float(first_ratio_error)
+    return Losses(policy, value, entropy, approx_kl, clipped, norm, error, epochs, learning_rate)
+
+
+def _optimizer_step(
+    network: ActorCritic,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[torch.nn.Parameter],
+    batch: TrainingBatch,
+    rows: Tensor,
+    config: PPOConfig,
+) -> tuple[Tensor, Tensor]:
+    outputs, value = network(batch.observation[rows])
+    advantage = batch.advantage[rows]
+    if config.normalize_advantage and len(rows) > 1:
+        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    log_ratio = network.log_prob(outputs, batch.action[rows]) - batch.behavior_log_prob[rows]
+    ratio = log_ratio.exp()
+    policy = policy_loss(ratio, advantage, config.clip)
+    critic = value_loss(value, batch.value[rows], batch.value_target[rows], config.value_clip)
+    entropy = network.entropy(outputs).mean()
+    loss = policy + config.value_coefficient * critic - config.entropy * entropy
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_gradient_norm)
+    _check_finite(network, norm, policy, critic, entropy)
+    optimizer.step()
+    with torch.no_grad():
+        kl = kl_estimate(log_ratio)
+        off = (ratio - 1).abs()
+        clipped = (off > config.clip).float().mean()
+        return torch.stack([policy, critic, entropy, kl, clipped, norm]).detach(), off.max()
+
+
+def _check_finite(network: ActorCritic, norm: Tensor, policy: Tensor, critic: Tensor, entropy: Tensor) -> None:
+    if torch.isfinite(norm):
+        return
+    for name, loss in (("policy loss", policy), ("value loss", critic), ("entropy", entropy)):
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the {name} is {loss.item()}")
+    for name, parameter in network.named_parameters():
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            raise FloatingPointError(f"the gradient of {name} is not finite")
+    raise FloatingPointError(f"the gradient norm is {norm.item()}")
+
+
+def _adapt(learning_rate: float, kl: float, config: PPOConfig) -> float:
+    """Half the target is too timid, twice is too bold (Schulman et al. 2017, section 4, applied to the rate)."""
+    if kl > 2 * config.target_kl:
+        learning_rate /= 1.5
+    elif kl < 0.5 * config.target_kl:
+        learning_rate *= 1.5
+    return min(max(learning_rate, config.min_learning_rate), config.max_learning_rate)

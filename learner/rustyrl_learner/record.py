@@ -1,0 +1,103 @@
+"""What a run leaves behind to be read: ``metrics.jsonl`` and TensorBoard files, one row an update, stable names."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from rustyrl.rollout import EpisodeRows
+from rustyrl.spec import EnvironmentSpec
+
+__all__ = ["EpisodeWindow", "MetricsLog"]
+
+WINDOW = 200  # episodes that the training figures are over
+
+
+class EpisodeWindow:
+    """The newest training episodes, summed up as the world's declared metrics."""
+
+    def __init__(self, spec: EnvironmentSpec) -> None:
+        self._spec = spec
+        self._episodes: deque[dict[str, float]] = deque(maxlen=WINDOW)
+
+    def add(self, episodes: EpisodeRows) -> None:
+        """Take in the episodes of one batch."""
+        for row in range(len(episodes.slot)):
+            episode = {name: float(values[row]) for name, values in episodes.metrics.items()}
+            episode["return"] = float(episodes.episode_return[row])
+            episode["length"] = float(episodes.length[row])
+            self._episodes.append(episode)
+
+    def figures(self) -> dict[str, float]:
+        """``return_mean, return_std, length_mean`` and the declared metrics; empty before the first episode."""
+        if not self._episodes:
+            return {}
+        columns = {name: np.array([e[name] for e in self._episodes]) for name in self._episodes[0]}
+        result = {
+            "episodes": float(len(self._episodes)),
+            "return_mean": float(columns["return"].mean()),
+            "return_std": float(columns["return"].std()),
+            "length_mean": float(columns["length"].mean()),
+        }
+        for metric in self._spec.metrics:
+            values = columns[metric.episode_metric]
+            values = values[~np.isnan(values)]
+            if len(values):
+                aggregate = np.median if metric.aggregate == "median" else np.mean
+                result[metric.name] = float(aggregate(values))
+        return result
+
+
+class MetricsLog:
+    """Appends rows to ``metrics.jsonl`` and to a TensorBoard event file.
+
+    On resume, rows after the checkpoint are cut off first, so that no update stands there twice.
+    """
+
+    def __init__(self, run: Path, after_version: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # costs a second to import, so only where it is used
+
+        self._path = run / "metrics.jsonl"
+        steps = self._cut_after(after_version)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run), purge_step=steps + 1 if steps else None)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Write one row; nested mappings become ``outer/inner`` names in TensorBoard."""
+        self._file.write(msgspec.json.encode(row).decode() + "\n")
+        self._file.flush()
+        step = row["steps"]
+        for name, value in row.items():
+            values = {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+            for key, number in values.items():
+                if isinstance(number, int | float) and math.isfinite(number):
+                    self._board.add_scalar(key, number, step)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        self._board.close()
+
+    def _cut_after(self, version: int) -> int:
+        if not self._path.exists():
+            return 0
+        kept: list[str] = []
+        steps = 0
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = msgspec.json.decode(line, type=dict[str, Any])
+            except msgspec.DecodeError:
+                break  # a line that was being written when the run ended
+            if row.get("policy_version", 0) > version:
+                break
+            kept.append(line)
+            steps = row.get("steps", 0)
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        partial.replace(self._path)
+        return steps

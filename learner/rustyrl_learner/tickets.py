@@ -1,0 +1,175 @@
+"""Who owns which worlds, which tickets are out, and the books that account for every one of them.
+
+Pure bookkeeping: no socket, no clock, no thread. The collector tells it what happened and asks what to send.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from rustyrl.rollout import Ticket
+
+__all__ = ["Books", "Member", "TicketBook", "assign_worlds"]
+
+MAX_REISSUES = 2
+
+
+@dataclass(slots=True)
+class Member:
+    """An actor that is ready for tickets, with what it is to answer."""
+
+    peer: bytes
+    index: int
+    worlds: list[int] = field(default_factory=list)
+    outstanding: list[Ticket] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """The account of all tickets of one learner incarnation: issued = trained + rejected + lost + outstanding."""
+
+    issued: int
+    trained: int
+    rejected: dict[str, int]
+    lost: int
+    outstanding: int
+
+    @property
+    def balanced(self) -> bool:
+        """Whether every ticket is accounted for."""
+        return self.issued == self.trained + sum(self.rejected.values()) + self.lost + self.outstanding
+
+
+@dataclass(slots=True)
+class _OpenBatch:
+    policy_version: int
+    missing: set[int]  # worlds that no ticket is out for
+    placed: int = 0  # worlds whose rollout is in
+    answers: int = 0  # tickets that brought them
+    attempts: Counter[int] = field(default_factory=Counter)  # world to tickets rejected
+
+
+class TicketBook:
+    """Issues tickets for batches first, first + 1, ... under the one lag rule.
+
+    Batch k is collected under version max(first, k - L) and opened once that exists, so at most L + 1 are open.
+    """
+
+    def __init__(self, worlds: int, max_policy_lag: int, first_batch: int = 0) -> None:
+        self._worlds = worlds
+        self._lag = max_policy_lag
+        self._first = self._next = first_batch
+        self._open: dict[int, _OpenBatch] = {}
+        self._members: dict[bytes, Member] = {}
+        self._issued = self._trained = self._lost = self._waiting = 0
+        self._rejected: Counter[str] = Counter()
+        self._unbalanced = True
+        self.worlds_moved = 0
+
+    @property
+    def members(self) -> list[Member]:
+        """Everyone who is ready, by index."""
+        return sorted(self._members.values(), key=lambda member: member.index)
+
+    def books(self) -> Books:
+        """The account as it stands; it always balances."""
+        out = sum(len(member.outstanding) for member in self._members.values()) + self._waiting
+        return Books(self._issued, self._trained, dict(self._rejected), self._lost, out)
+
+    def join(self, peer: bytes, index: int) -> None:
+        """Count an actor in; it gets worlds at the next batch edge."""
+        self._members[peer] = Member(peer, index)
+        self._unbalanced = True
+
+    def leave(self, peer: bytes) -> None:
+        """Count an actor out: its tickets are lost and its worlds move at once."""
+        member = self._members.pop(peer, None)
+        if member is None:
+            return
+        for ticket in member.outstanding:
+            self._lost += 1
+            self._open[ticket.batch].missing.update(ticket.worlds)
+        if self._members and member.worlds:
+            self._balance()
+
+    def due(self, newest_version: int) -> list[tuple[bytes, Ticket]]:
+        """The tickets to send now that this version exists, oldest batch first."""
+        if not self._members:
+            return []
+        while self._next - self._lag <= max(newest_version, self._first):
+            if self._unbalanced:
+                self._balance()
+            version = max(self._first, self._next - self._lag)
+            self._open[self._next] = _OpenBatch(version, set(range(self._worlds)))
+            self._next += 1
+        orders: list[tuple[bytes, Ticket]] = []
+        for number, batch in sorted(self._open.items()):
+            for member in self.members if batch.missing else []:
+                if worlds := tuple(sorted(batch.missing.intersection(member.worlds))):
+                    ticket = Ticket(number, batch.policy_version, worlds)
+                    batch.missing.difference_update(worlds)
+                    member.outstanding.append(ticket)
+                    self._issued += 1
+                    orders.append((member.peer, ticket))
+        return orders
+
+    def owes(self, peer: bytes, ticket: Ticket) -> bool:
+        """Whether this actor is to answer exactly this ticket."""
+        member = self._members.get(peer)
+        return member is not None and ticket in member.outstanding
+
+    def accept(self, peer: bytes, ticket: Ticket) -> bool:
+        """Count an answer in; True when it completes its batch."""
+        self._members[peer].outstanding.remove(ticket)
+        self._waiting += 1
+        batch = self._open[ticket.batch]
+        batch.placed += len(ticket.worlds)
+        batch.answers += 1
+        return batch.placed == self._worlds
+
+    def reject(self, peer: bytes, ticket: Ticket, reason: str) -> bool:
+        """Count an answer as refused and its worlds as missing; False once they were tried often enough."""
+        self._members[peer].outstanding.remove(ticket)
+        self._rejected[reason] += 1
+        batch = self._open[ticket.batch]
+        batch.missing.update(ticket.worlds)
+        batch.attempts.update(ticket.worlds)
+        return max(batch.attempts[world] for world in ticket.worlds) <= MAX_REISSUES
+
+    def finish(self, number: int, rejected: str | None = None) -> None:
+        """Count the answers of a complete batch as trained, or as rejected for a reason."""
+        answers = self._open.pop(number).answers
+        self._waiting -= answers
+        if rejected is None:
+            self._trained += answers
+        else:
+            self._rejected[rejected] += answers
+
+    def _balance(self) -> None:
+        members = self.members
+        before = {world: member.index for member in members for world in member.worlds}
+        assignment = assign_worlds(self._worlds, {member.index: member.worlds for member in members})
+        for member in members:
+            member.worlds = assignment[member.index]
+            self.worlds_moved += sum(1 for w in member.worlds if before and before.get(w) != member.index)
+        self._unbalanced = False
+
+
+def assign_worlds(worlds: int, owned: dict[int, list[int]]) -> dict[int, list[int]]:
+    """Share worlds evenly among actor indices, moving as few as possible.
+
+    Every actor's share differs by at most one, larger shares at lower indices; what an actor keeps and gets is in
+    ascending order, so the result follows from the sorted indices and what they owned.
+    """
+    indices = sorted(owned)
+    base, extra = divmod(worlds, len(indices))
+    share = {index: base + (position < extra) for position, index in enumerate(indices)}
+    kept = {index: sorted(owned[index])[: share[index]] for index in indices}
+    taken = {world for worlds_kept in kept.values() for world in worlds_kept}
+    free = [world for world in range(worlds) if world not in taken]
+    for index in indices:
+        count = share[index] - len(kept[index])
+        kept[index] = sorted(kept[index] + free[:count])
+        free = free[count:]
+    return kept

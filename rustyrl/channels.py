@@ -1,0 +1,304 @@
+"""The sockets: the only module that knows ZeroMQ.
+
+One link for each actor, DEALER to ROUTER, carries rollouts up and weights and tickets down; one control socket,
+the launcher's, answers the learner and the command line. Every message is two frames, checked first; every wait
+has a limit; queues are bounded by tickets, so a send that would block means that the peer is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import msgspec
+import zmq
+
+from rustyrl.errors import UsageError, WireError
+from rustyrl.wire import MAX_BLOB_BYTES, Message, decode_header, encode_message
+
+__all__ = [
+    "ControlClient",
+    "ControlServer",
+    "Received",
+    "RolloutReceiver",
+    "RolloutSender",
+    "loopback_address",
+]
+
+HEARTBEAT_MS = 2000
+HANDSHAKE_MS = 2000
+RECONNECT_MS = 100
+RECONNECT_MAX_MS = 2000
+# Messages that one peer may have waiting: tickets bound them to a handful, this bounds a hostile peer.
+HIGH_WATER_MARK = 256
+IDENTITY_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """One message: who sent it, its checked header, its blob (alive as long as this is)."""
+
+    peer: bytes
+    message: Message | WireError
+    blob: memoryview
+
+
+class _Sockets:
+    """Owns one context and what was opened on it."""
+
+    def __init__(self) -> None:
+        self._context = zmq.Context()
+        self._context.setsockopt(zmq.LINGER, 0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every socket; what could not be sent within their linger is gone."""
+        self._context.destroy()
+
+    def _socket(self, kind: int) -> zmq.Socket[bytes]:
+        opened = self._context.socket(kind)
+        opened.setsockopt(zmq.MAXMSGSIZE, MAX_BLOB_BYTES)
+        opened.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+        opened.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+        opened.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+        opened.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        opened.setsockopt(zmq.HEARTBEAT_TIMEOUT, 5 * HEARTBEAT_MS)
+        return opened
+
+
+class RolloutReceiver(_Sockets):
+    """The learner's end of every link. Used by one thread, except `wake`."""
+
+    def __init__(self, listen: str) -> None:
+        super().__init__()
+        self._router = self._socket(zmq.ROUTER)
+        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        try:
+            self.address = _bind(self._router, listen)
+        except BaseException:
+            self.close()
+            raise
+        self._waker, self._wakened = socket.socketpair()
+        self._waker.setblocking(False)
+        self._wakened.setblocking(False)
+        self._poller = zmq.Poller()
+        self._poller.register(self._router, zmq.POLLIN)
+        self._poller.register(self._wakened, zmq.POLLIN)
+
+    def receive(self, timeout_s: float, limit: int = 64) -> Iterator[Received]:
+        """Wait for messages until one comes, `wake` is called or the time is over; then yield what is there."""
+        self._poller.poll(max(0, int(timeout_s * 1000)))
+        with contextlib.suppress(BlockingIOError):
+            self._wakened.recv(4096)
+        for _ in range(limit):
+            try:
+                frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            yield _check_frames(frames)
+
+    def wake(self) -> None:
+        """End a `receive` that waits in another thread."""
+        with contextlib.suppress(BlockingIOError, OSError):
+            self._waker.send(b"\0")
+
+    def send(self, peer: bytes, message: Message, blob: bytes = b"") -> bool:
+        """Send to one actor; False if it is not there or does not read any more."""
+        try:
+            self._router.send_multipart([peer, encode_message(message), blob], zmq.NOBLOCK, copy=False)
+        except zmq.ZMQError:  # EHOSTUNREACH or EAGAIN: the peer is gone, or as good as gone
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close the sockets; an ipc path is removed."""
+        self._router.close(linger=500)  # the goodbyes
+        super().close()
+        if hasattr(self, "_waker"):
+            self._waker.close()
+            self._wakened.close()
+
+
+class RolloutSender(_Sockets):
+    """An actor's end of the link."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__()
+        self._dealer = self._socket(zmq.DEALER)
+        self._dealer.setsockopt(zmq.IDENTITY, os.urandom(IDENTITY_BYTES - 1) + b"a")
+        self._dealer.setsockopt(zmq.IMMEDIATE, 1)
+        self._dealer.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+        self._dealer.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+        self._dealer.setsockopt(zmq.CONNECT_TIMEOUT, HANDSHAKE_MS)
+        try:
+            self._dealer.connect(address)
+        except zmq.ZMQError as error:
+            self.close()
+            raise UsageError(f"cannot join {address!r}: {error}; expected ipc://PATH or tcp://HOST:PORT") from None
+
+    def send(self, message: Message, blob: memoryview | bytes = b"", timeout_s: float = 10.0) -> zmq.MessageTracker:
+        """Send without copying the blob; the tracker is done once its memory may change.
+
+        Raises:
+            TimeoutError: if no learner took it in time.
+        """
+        return self.send_frames(encode_message(message), blob, timeout_s)
+
+    def send_frames(self, header: bytes, blob: memoryview | bytes, timeout_s: float = 10.0) -> zmq.MessageTracker:
+        """Send an encoded message; see `send`."""
+        if not self._dealer.poll(int(timeout_s * 1000), zmq.POLLOUT):
+            raise TimeoutError(f"no learner took a message within {timeout_s:.0f} s")
+        tracker = self._dealer.send_multipart([header, blob], copy=False, track=True)
+        assert tracker is not None  # noqa: S101 - track=True
+        return tracker
+
+    def receive(self, timeout_s: float) -> Received | None:
+        """The next message, or None when the time is over.
+
+        Raises:
+            WireError: the learner sent something else than a message.
+        """
+        if not self._dealer.poll(max(0, int(timeout_s * 1000))):
+            return None
+        frames = self._dealer.recv_multipart(copy=False)
+        received = _check_frames([zmq.Frame(b""), *frames])
+        if isinstance(received.message, WireError):
+            raise received.message
+        return received
+
+
+class ControlServer(_Sockets):
+    """The launcher's socket: JSON requests from the learner and the command line, both on this machine."""
+
+    def __init__(self, listen: str) -> None:
+        super().__init__()
+        self._router = self._socket(zmq.ROUTER)
+        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        try:
+            self.address = _bind(self._router, listen)
+        except BaseException:
+            self.close()
+            raise
+
+    def receive(self, timeout_s: float, descriptors: list[int]) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        """Wait until a message comes or one of the file descriptors is ready; yield the messages."""
+        poller = zmq.Poller()
+        poller.register(self._router, zmq.POLLIN)
+        for descriptor in descriptors:
+            poller.register(descriptor, zmq.POLLIN)
+        poller.poll(max(0, int(timeout_s * 1000)))
+        while True:
+            try:
+                frames = self._router.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, ValueError):
+                peer, content = frames
+                yield peer, msgspec.json.decode(content, type=dict[str, Any])
+
+    def send(self, peer: bytes, content: dict[str, Any]) -> None:
+        """Answer or order; a peer that is gone is none of our business."""
+        with contextlib.suppress(zmq.ZMQError):
+            self._router.send_multipart([peer, msgspec.json.encode(content)], zmq.NOBLOCK)
+
+    def close(self) -> None:
+        """Close the socket; its path is removed."""
+        self._router.close(linger=500)
+        super().close()
+
+
+class ControlClient(_Sockets):
+    """A peer of the launcher: the learner, or a verb of the command line."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__()
+        self._dealer = self._socket(zmq.DEALER)
+        self._dealer.connect(address)
+
+    def send(self, content: dict[str, Any]) -> None:
+        """Send; raises `TimeoutError` if the launcher does not read."""
+        try:
+            self._dealer.send(msgspec.json.encode(content), zmq.NOBLOCK)
+        except zmq.Again:
+            raise TimeoutError("the launcher does not read its control socket") from None
+
+    def receive(self, timeout_s: float) -> dict[str, Any] | None:
+        """The next message, or None when the time is over."""
+        if not self._dealer.poll(max(0, int(timeout_s * 1000))):
+            return None
+        return msgspec.json.decode(self._dealer.recv(), type=dict[str, Any])
+
+    def request(self, content: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        """Send and wait for the answer; raises `TimeoutError`."""
+        self.send(content)
+        deadline = time.monotonic() + timeout_s
+        answer = self.receive(deadline - time.monotonic())
+        if answer is None:
+            raise TimeoutError(f"the launcher did not answer within {timeout_s:.0f} s")
+        return answer
+
+    def close(self) -> None:
+        """Close the socket after what was sent has left, within a limit."""
+        self._dealer.close(linger=1000)
+        super().close()
+
+
+def loopback_address(address: str) -> str:
+    """Check a ``--listen`` or ``--join`` address and return it as ZeroMQ wants it.
+
+    Until links are encrypted and authenticated (Curve), tcp is for this machine alone.
+    """
+    if address.startswith("ipc://") and len(address) > len("ipc://"):
+        return address
+    parts = urlsplit(address)
+    if parts.scheme != "tcp" or not parts.hostname:
+        raise UsageError(f"{address!r} is no address; expected ipc://PATH or tcp://127.0.0.1:PORT")
+    if parts.hostname not in ("127.0.0.1", "localhost", "::1"):
+        raise UsageError(
+            f"{address!r} leaves this machine; links are not encrypted yet, so only loopback (127.0.0.1) is allowed"
+        )
+    port = parts.netloc.rpartition(":")[2]
+    if port != "*" and not (port.isdigit() and int(port) < 65536):
+        raise UsageError(f"{address!r} has no port; expected tcp://127.0.0.1:PORT, port 0 for any free one")
+    return f"tcp://127.0.0.1:{'*' if port == '0' else port}"
+
+
+def _bind(bound: zmq.Socket[bytes], listen: str) -> str:
+    try:
+        bound.bind(listen)
+    except zmq.ZMQError as error:
+        if error.errno == zmq.EADDRINUSE:
+            raise UsageError(f"{listen} is in use; choose another port, or tcp://127.0.0.1:0 for a free one") from None
+        raise UsageError(f"cannot listen on {listen}: {error}") from None
+    address = bound.getsockopt(zmq.LAST_ENDPOINT)
+    assert isinstance(address, bytes)  # noqa: S101 - what this option always is
+    text = address.rstrip(b"\0").decode()
+    if text.startswith("ipc://"):
+        os.chmod(text.removeprefix("ipc://"), stat.S_IRUSR | stat.S_IWUSR)  # noqa: PTH101 - a socket, not a file
+    return text
+
+
+def _check_frames(frames: list[zmq.Frame]) -> Received:
+    peer = frames[0].bytes
+    if len(frames) != 3:
+        return Received(peer, WireError("frames", f"{len(frames) - 1} frames, expected 2"), memoryview(b""))
+    try:
+        return Received(peer, decode_header(frames[1].buffer), frames[2].buffer)
+    except WireError as error:
+        return Received(peer, error, memoryview(b""))

@@ -1,0 +1,358 @@
+"""The command line. Every verb is also a function of some module here; this one parses and prints."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rustyrl.channels import ControlClient, loopback_address
+from rustyrl.config import Layer, parse_assignments, read_config
+from rustyrl.describe import configure, list_environments
+from rustyrl.doctor import examine
+from rustyrl.errors import RunFailedError, UsageError
+from rustyrl.processes import actor_environment
+from rustyrl.progress import make_progress
+from rustyrl.run_folder import find_run, list_runs
+from rustyrl.train import launch, resume_config
+
+__all__ = ["main"]
+
+ANSWER_S = 5.0
+EXIT_CODES = {"interrupt": 130, "terminate": 143}
+
+app = typer.Typer(
+    name="rustyrl",
+    help="Train the agents of a game or simulation: many torch-free actor processes, one PPO learner.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else.")]
+RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder.")]
+EnvArgument = Annotated[str | None, typer.Argument(metavar="ENV", help="Name, package.module:Class or file.py:Class.")]
+EnvOption = Annotated[str | None, typer.Option("--env", help="The same as ENV.")]
+Seed = Annotated[int | None, typer.Option(help="Of worlds, noise, initialisation and shuffles.")]
+TotalSteps = Annotated[int | None, typer.Option(help="Stop after so many env steps.")]
+MaxSeconds = Annotated[float | None, typer.Option(help="Stop after so long.")]
+StopAt = Annotated[
+    list[str] | None, typer.Option(metavar="'METRIC>=VALUE'", help="Stop when an evaluation meets it; repeatable.")
+]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+MaxPolicyLag = Annotated[int | None, typer.Option(help="Versions that experience may be behind; 0 is on-policy.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with sections.")]
+Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Repeatable.")]
+Init = Annotated[Path | None, typer.Option(help="Policy file to start from.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of --run.")]
+
+TRAIN_EXAMPLES = """
+Examples:
+
+  rustyrl train drone
+
+  rustyrl train cartpole --actors 4 --stop-at 'return_mean>=490'
+
+  rustyrl train my_game.py:Arena --total-steps 2000000 --set ppo.gamma=0.995 --set env.gravity=3.7
+
+  rustyrl train --resume --run runs/drone-20260101-120000 --total-steps 9000000
+"""
+
+
+@app.command(epilog=TRAIN_EXAMPLES)
+def train(
+    env: EnvArgument = None,
+    env_option: EnvOption = None,
+    actors: Annotated[int | None, typer.Option(help="Actor processes to start.")] = None,
+    run: RunOption = None,
+    total_steps: TotalSteps = None,
+    max_seconds: MaxSeconds = None,
+    stop_at: StopAt = None,
+    seed: Seed = None,
+    device: Device = None,
+    max_policy_lag: MaxPolicyLag = None,
+    listen: Annotated[str | None, typer.Option(help="ipc, or tcp://127.0.0.1:PORT.")] = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    init: Init = None,
+    resume: Resume = False,
+    json: Json = False,
+) -> None:
+    """Start one learner and N actors on this machine, and train."""
+    flags = _flags(
+        run={
+            "env": env or env_option,
+            "total_steps": total_steps,
+            "max_seconds": max_seconds,
+            "stop_at": stop_at or None,
+            "seed": seed,
+            "device": device,
+            "init": str(init) if init else None,
+        },
+        batch={"max_policy_lag": max_policy_lag},
+        cluster={"actors": actors, "listen": listen},
+    )
+    _train(run, config, assignments, flags, resume=resume, json=json)
+
+
+@app.command(epilog="Example:\n\n  rustyrl learner drone --listen tcp://127.0.0.1:5555 --expect 2")
+def learner(
+    env: EnvArgument = None,
+    env_option: EnvOption = None,
+    listen: Annotated[str, typer.Option(help="tcp://127.0.0.1:PORT that actors join.")] = "tcp://127.0.0.1:5555",
+    expect: Annotated[int, typer.Option(help="Actors that the first batch waits for.")] = 1,
+    run: RunOption = None,
+    total_steps: TotalSteps = None,
+    max_seconds: MaxSeconds = None,
+    stop_at: StopAt = None,
+    seed: Seed = None,
+    device: Device = None,
+    max_policy_lag: MaxPolicyLag = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    init: Init = None,
+    resume: Resume = False,
+    json: Json = False,
+) -> None:
+    """Start a learner alone; actors join it by hand."""
+    flags = _flags(
+        run={
+            "env": env or env_option,
+            "total_steps": total_steps,
+            "max_seconds": max_seconds,
+            "stop_at": stop_at or None,
+            "seed": seed,
+            "device": device,
+            "init": str(init) if init else None,
+        },
+        batch={"max_policy_lag": max_policy_lag},
+        cluster={"actors": 0, "expect": expect, "listen": listen},
+    )
+    _train(run, config, assignments, flags, resume=resume, json=json)
+
+
+@app.command(epilog="Example:\n\n  rustyrl actor --join tcp://127.0.0.1:5555")
+def actor(join: Annotated[str, typer.Option(help="Address that a learner listens on.")]) -> None:
+    """Be one actor of a learner that was started by hand."""
+    command = [sys.executable, "-m", "rustyrl_actors", "run", "--join", loopback_address(join)]
+    os.execve(sys.executable, command, actor_environment())  # noqa: S606 - this process becomes the actor
+
+
+@app.command()
+def status(run: RunOption = None, json: Json = False) -> None:
+    """Say how a running cluster stands."""
+    answer = _ask(run, {"kind": "status"})
+    if json:
+        _print_json(answer)
+        return
+    console = Console()
+    learner_figures, tickets = answer["learner"], answer["tickets"]
+    console.print(f"{answer['env']} {answer['state']} for {answer['seconds']:.0f} s, {answer['run']}", highlight=False)
+    console.print(
+        f"version {learner_figures.get('version', 0)}, {learner_figures.get('steps', 0):,} steps, "
+        f"{learner_figures.get('trained_sps', 0):,.0f} trained SPS, tickets {tickets}",
+        highlight=False,
+    )
+    table = Table("actor", "pid", "host", "worlds", "SPS", "version", "rollouts")
+    for row in answer["actors"]:
+        table.add_row(*(str(row[key]) for key in ("index", "pid", "host", "worlds", "sps", "version", "rollouts")))
+    console.print(table)
+
+
+@app.command()
+def stop(run: RunOption = None, json: Json = False) -> None:
+    """End a run after a last checkpoint."""
+    path, cluster = find_run(run, live=True)
+    answer = _ask(run, {"kind": "stop"})
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline:
+        try:
+            os.kill(cluster.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.05)
+    else:
+        raise RunFailedError(f"the launcher (process {cluster.pid}) still runs")
+    if json:
+        _print_json({"run": answer["run"], "stopped": True})
+    else:
+        typer.echo(f"stopped {path}")
+
+
+@app.command()
+def runs(json: Json = False) -> None:
+    """List the runs below ./runs, newest first."""
+    rows = list_runs()
+    if json:
+        _print_json({"runs": rows})
+        return
+    table = Table("run", "env", "state", "steps", "stopped by")
+    for row in rows:
+        summary = row.get("summary", {})
+        table.add_row(row["run"], row["env"], row["state"], f"{summary.get('steps', ''):}", summary.get("stopped_by"))
+    Console().print(table)
+
+
+@app.command(name="eval", epilog="Example:\n\n  rustyrl eval runs/drone-20260101-120000 --episodes 1000")
+def evaluate(
+    target: Annotated[Path | None, typer.Argument(help="Run folder or policy file; default the newest run.")] = None,
+    env: EnvOption = None,
+    episodes: Annotated[int, typer.Option(min=1, help="Greedy episodes.")] = 400,
+    seed: Annotated[int, typer.Option(help="Of the starts.")] = 0,
+    assignments: Assignments = None,
+    run: RunOption = None,
+    json: Json = False,
+) -> None:
+    """Run a policy greedily and report its figures."""
+    target = target or run
+    config: dict[str, Any] = {}
+    if target is None or target.is_dir():
+        folder = find_run(target, live=False)[0]
+        layer = resume_config(folder)
+        env, config, target = env or layer["run"]["env"], layer["env"], folder / "policy.safetensors"
+        if not target.exists():
+            raise UsageError(f"{folder} holds no policy yet")
+    if not env:
+        raise UsageError("a policy file alone does not name its environment; add --env")
+    changes = parse_assignments(assignments or [])
+    if unknown := changes.keys() - {"env"}:
+        raise UsageError(f"eval takes --set env.KEY=VALUE only, got section {sorted(unknown)[0]!r}")
+    settings = msgspec.json.encode({**config, **changes.get("env", {})}).decode()
+    command = [sys.executable, "-m", "rustyrl_actors", "evaluate", env, "--policy", str(target)]
+    command += ["--env-config", settings, "--episodes", str(episodes), "--seed", str(seed)]
+    done = subprocess.run(command, capture_output=True, env=actor_environment(), check=False)
+    if done.returncode:
+        message = done.stderr.decode(errors="replace").strip()
+        kind = UsageError if done.returncode == UsageError.exit_code else RunFailedError
+        raise kind(message.removeprefix("error: "))
+    figures = msgspec.json.decode(done.stdout, type=dict[str, Any])
+    if json:
+        _print_json(figures)
+        return
+    table = Table("figure", "value", title=str(target))
+    for name, value in figures.items():
+        table.add_row(name, "-" if value is None else f"{value:.6g}")
+    Console().print(table)
+
+
+@app.command()
+def envs(json: Json = False) -> None:
+    """List the built-in environments."""
+    rows = list_environments()
+    if json:
+        _print_json({"envs": rows})
+        return
+    table = Table("ENV", "about", "observation", "action", "parameters (--set env.NAME=VALUE)")
+    for row in rows:
+        spec = row["spec"]
+        observation = ", ".join(f"{a['name']} {tuple(a['shape'])}" for a in spec["observation"])
+        action = spec["action"]
+        shape = f"{action['count']} choices" if action["kind"] == "discrete" else f"box {tuple(action['shape'])}"
+        table.add_row(row["env"], row["about"], observation, shape, ", ".join(["slots", *spec["parameters"]]))
+    Console().print(table)
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Look at what is installed, the device, cores and limits, and say what is wrong."""
+    report = examine()
+    if json:
+        _print_json(report)
+    else:
+        table = Table("what", "found", show_header=False)
+        for name, value in report.items():
+            if isinstance(value, dict):
+                value = ", ".join(f"{k} {v}" for k, v in value.items())
+            if name != "problems":
+                table.add_row(name, str(value))
+        console = Console()
+        console.print(table)
+        for problem in report["problems"]:
+            console.print(f"problem: {problem}", highlight=False)
+        if not report["problems"]:
+            console.print("nothing is wrong")
+    if report["problems"]:
+        raise typer.Exit(1)
+
+
+def main() -> NoReturn:
+    """Run the command line; the exit codes are in the README."""
+    try:
+        app(standalone_mode=True)
+    except (UsageError, RunFailedError) as error:
+        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _train(
+    run: Path | None,
+    config: Path | None,
+    assignments: list[str] | None,
+    flags: Layer,
+    *,
+    resume: bool,
+    json: bool,
+) -> None:
+    layers: list[Layer] = []
+    if resume:
+        if run is None:
+            run = find_run(None, live=False)[0]
+        layers.append(resume_config(run))
+    if config is not None:
+        layers.append(read_config(config))
+    layers += [parse_assignments(assignments or []), flags]
+    resolved, spec = configure(*layers)
+    progress = make_progress(to_stderr=json)
+    summary = launch(resolved, spec, run, resume=resume, progress=progress)
+    if json:
+        _print_json(summary)
+    else:
+        _print_summary(summary)
+    raise typer.Exit(EXIT_CODES.get(summary["stopped_by"], 0))
+
+
+def _flags(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was given, without what was not."""
+    return {name: {k: v for k, v in values.items() if v is not None} for name, values in sections.items()}
+
+
+def _ask(run: Path | None, request: dict[str, Any]) -> dict[str, Any]:
+    path, cluster = find_run(run, live=True)
+    with ControlClient(cluster.control) as control:
+        try:
+            return control.request(request, ANSWER_S)
+        except TimeoutError as error:
+            raise RunFailedError(f"{path}: {error}") from None
+
+
+def _print_json(content: Any) -> None:
+    typer.echo(msgspec.json.encode(content).decode())
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    table = Table(show_header=False, title=f"{summary['env']}: stopped by {summary['stopped_by']}")
+    run = Path(summary["run"])
+    table.add_row("env steps", f"{summary['steps']:,}")
+    table.add_row("seconds", f"{summary['seconds']:.1f}")
+    table.add_row("trained SPS", f"{summary['trained_sps']:,.0f}")
+    table.add_row("policy version", str(summary["policy_version"]))
+    table.add_row("bottleneck", summary["bottleneck"])
+    for name, value in (summary["eval"] or {}).items():
+        table.add_row(name, "-" if value is None else f"{value:.6g}")
+    table.add_row("run folder", str(run))
+    table.add_row("policy", str(run / "policy.safetensors"))
+    table.add_row("metrics", f"{run / 'metrics.jsonl'}; tensorboard --logdir {run}")
+    table.add_row("evaluate again", f"rustyrl eval {run}")
+    Console(soft_wrap=True).print(table)

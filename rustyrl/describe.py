@@ -1,0 +1,63 @@
+"""Ask the actor package what an environment is: it alone may import worlds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from rustyrl.config import Config, Layer, build_config
+from rustyrl.errors import RunFailedError, UsageError
+from rustyrl.processes import actor_environment
+from rustyrl.spec import EnvironmentSpec, read_spec
+
+__all__ = ["configure", "describe", "list_environments"]
+
+TIMEOUT_S = 120.0
+
+
+def describe(env: str, env_config: Mapping[str, Any]) -> EnvironmentSpec:
+    """The spec of an environment, from a process that imports it.
+
+    Raises:
+        UsageError: there is no such environment, or a setting does not fit it.
+        RunFailedError: its own code raised; the message is its traceback.
+    """
+    config = msgspec.json.encode(dict(env_config)).decode()
+    return read_spec(_actors("describe", env, "--env-config", config))
+
+
+def list_environments() -> list[dict[str, Any]]:
+    """The built-in environments: ``env``, ``about``, ``spec``."""
+    return msgspec.json.decode(_actors("envs"), type=list[dict[str, Any]])
+
+
+def configure(*layers: Layer) -> tuple[Config, EnvironmentSpec]:
+    """Join configuration layers on top of what their world recommends, and describe that world.
+
+    Raises:
+        UsageError: no environment is named, or anything in the layers does not fit.
+    """
+    asked = build_config(*layers)
+    if not asked.run.env:
+        raise UsageError("no environment is named; `rustyrl envs` lists the built-in ones")
+    spec = describe(asked.run.env, asked.env)
+    config = build_config(spec.defaults, *layers)
+    return config, spec
+
+
+def _actors(*arguments: str) -> bytes:
+    command = [sys.executable, "-m", "rustyrl_actors", *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, env=actor_environment(), check=False)
+    except subprocess.TimeoutExpired:
+        raise RunFailedError(f"describing the environment took more than {TIMEOUT_S:.0f} s") from None
+    message = done.stderr.decode(errors="replace").strip()
+    if done.returncode == UsageError.exit_code:
+        raise UsageError(message.removeprefix("error: "))
+    if done.returncode:
+        raise RunFailedError(f"the environment's own code failed:\n{message}")
+    return done.stdout

@@ -1,0 +1,32 @@
+"""The errors that a user can cause or meet, each with the exit code that the command line gives it."""
+
+from __future__ import annotations
+
+__all__ = ["ContractError", "RunFailedError", "UsageError", "WireError"]
+
+
+class UsageError(Exception):
+    """Bad use: an unknown name, a wrong value, a missing package. Exit code 2."""
+
+    exit_code = 2
+
+
+class RunFailedError(Exception):
+    """A run that was started properly and ended badly. Exit code 1."""
+
+    exit_code = 1
+
+
+class ContractError(Exception):
+    """A world broke the environment contract, or gave numbers that nothing can be learned from."""
+
+
+class WireError(Exception):
+    """Foreign bytes that are not what they claim to be.
+
+    ``reason`` is a short stable word under which refusals are counted.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason

@@ -1,0 +1,472 @@
+"""The launcher: starts one learner and its actors, watches them, judges versions, and brings everything down.
+
+It owns the processes and the control socket; it never touches experience or parameters.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import msgspec
+
+from rustyrl.channels import ControlServer, loopback_address
+from rustyrl.condition import meets, parse_condition
+from rustyrl.config import Config
+from rustyrl.errors import RunFailedError, UsageError
+from rustyrl.processes import Child, await_end, start_child
+from rustyrl.progress import Progress, View
+from rustyrl.run_folder import ClusterFile, RunFolder
+from rustyrl.spec import EnvironmentSpec
+
+__all__ = ["Launcher", "default_actors"]
+
+TURN_S = 0.1  # the longest wait of the loop: signals and limits are looked at so often
+JUDGE_S = 120.0  # how long an evaluation may take after the cluster is down
+SIGNAL_REASONS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminate"}
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A version that training figures suggest may meet the goal."""
+
+    version: int
+    policy: Path
+    steps: int
+    seconds: float
+
+
+class Launcher:
+    """One run from start to end."""
+
+    def __init__(
+        self, config: Config, spec: EnvironmentSpec, folder: RunFolder, progress: Progress, *, resume: bool
+    ) -> None:
+        self._config = config
+        self._spec = spec
+        self._folder = folder
+        self._progress = progress
+        self._resume = resume
+        self._incarnation = folder.next_incarnation()
+        self._goal = goal_of(config, spec)
+        self._started = time.monotonic()
+        self._state = "starting"
+        self._stop_reason: str | None = None
+        self._kill_at: float | None = None
+        self._failure: RunFailedError | UsageError | None = None
+        self._interrupts = 0
+        self._learner: Child | None = None
+        self._learner_peer: bytes | None = None
+        self._report: dict[str, Any] = {}
+        self._learner_done = False
+        self._actors: list[Child] = []
+        self._link = ""
+        self._candidates: deque[Candidate] = deque()
+        self._judge: tuple[Candidate, Child] | None = None
+        self._evaluation: dict[str, Any] | None = None
+        self._confirmed: Candidate | None = None
+        self._best: tuple[tuple[float, ...], int] | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Train until goal, budget or stop; returns the summary.
+
+        Raises:
+            UsageError: what was asked for cannot be had (a port in use, CUDA absent, ...).
+            RunFailedError: the run ended badly, with the cause.
+        """
+        children: list[Child] = []
+        with ControlServer(self._folder.socket_address("control")) as control:
+            restore = self._catch_signals()
+            try:
+                self._start(control)
+                while not self._over():
+                    self._turn(control)
+                self._state = "stopping"
+                self._bring_down(control)
+            finally:
+                children = [child for child in [self._learner, *self._actors] if child is not None]
+                if self._judge is not None:
+                    children.append(self._judge[1])
+                for child in children:
+                    child.close()
+                for number, handler in restore.items():
+                    signal.signal(number, handler)
+                self._write_cluster(control, "failed" if self._failure else "finished")
+        return self._finish()
+
+    # Starting
+
+    def _start(self, control: ControlServer) -> None:
+        config, cluster = self._config, self._config.cluster
+        listen = self._folder.socket_address("link") if cluster.listen == "ipc" else loopback_address(cluster.listen)
+        actors = default_actors() if cluster.actors < 0 else cluster.actors
+        expect = max(1, actors) if cluster.expect < 0 else cluster.expect
+        if config.ppo.schedule == "linear" and not config.run.total_steps:
+            raise UsageError("ppo.schedule 'linear' needs run.total_steps to know where it ends")
+        if config.batch.max_policy_lag > 1:
+            self._progress.say(
+                f"note: --max-policy-lag {config.batch.max_policy_lag} is not corrected for (V-trace is not there yet);"
+                " expect slower learning above 1"
+            )
+        if actors > config.batch.worlds:
+            self._progress.say(
+                f"note: {actors} actors for {config.batch.worlds} worlds: {actors - config.batch.worlds} will idle; "
+                f"--set batch.worlds={actors} feeds them all"
+            )
+        self._write_cluster(control, "starting")
+        self._learner = start_child(
+            "learner",
+            [
+                "rustyrl_learner",
+                "run",
+                "--run",
+                str(self._folder.path),
+                "--control",
+                control.address,
+                "--listen",
+                listen,
+                "--incarnation",
+                str(self._incarnation),
+                "--expect",
+                str(expect),
+                *(["--resume"] if self._resume else []),
+            ],
+            self._folder.path / "logs" / "learner.log",
+            actor=False,
+        )
+        self._actors_wanted = actors
+        if cluster.listen == "ipc":  # the address is known, so they start while the learner imports torch
+            self._start_actors(listen)
+
+    def _start_actors(self, link: str) -> None:
+        self._link = link
+        for index in range(self._actors_wanted):
+            log = self._folder.path / "logs" / f"actor-{index}.log"
+            arguments = ["rustyrl_actors", "run", "--join", link, "--index", str(index)]
+            self._actors.append(start_child(f"actor {index}", arguments, log, actor=True))
+
+    # Running
+
+    def _turn(self, control: ControlServer) -> None:
+        """One turn of the loop: hear, watch, judge, look at the limits, show."""
+        children = [child for child in [self._learner, *self._actors] if child and not child.ended_seen]
+        descriptors = [child.descriptor for child in children if child.descriptor >= 0]
+        for peer, message in control.receive(TURN_S, descriptors):
+            self._hear(control, peer, message)
+        self._watch(control)
+        self._judge_candidates(control)
+        self._check_limits(control)
+        self._progress.show(self._view())
+
+    def _hear(self, control: ControlServer, peer: bytes, message: dict[str, Any]) -> None:
+        match message.get("kind"):
+            case "hello":
+                self._learner_peer = peer
+            case "listening":
+                self._link = str(message["address"])
+                self._state = "running"
+                self._write_cluster(control, "running")
+                if not self._actors and self._stop_reason is None:
+                    self._start_actors(self._link)
+                if not self._actors_wanted:
+                    self._progress.say(f"listening on {self._link}: rustyrl actor --join {self._link}")
+            case "report":
+                self._report = message
+            case "candidate":
+                self._candidates.append(
+                    Candidate(message["version"], Path(message["policy"]), message["steps"], message["seconds"])
+                )
+            case "done":
+                self._report = {**self._report, **message["figures"]}
+                self._learner_done = True
+                self._stop_reason = self._stop_reason or message["reason"]
+            case "failed":
+                self._report = {**self._report, **message.get("figures", {})}
+                self._fail_learner(message)
+            case "status":
+                control.send(peer, self._status())
+            case "stop":
+                self._request_stop(control, "stop")
+                control.send(peer, {"stopping": True, "run": str(self._folder.path)})
+            case other:
+                control.send(peer, {"error": f"unknown request {other!r}"})
+
+    def _watch(self, control: ControlServer) -> None:
+        """Notice children that ended by themselves."""
+        for child in self._actors:
+            if child.running or child.ended_seen:
+                continue
+            child.ended_seen = True
+            self._order(control, {"kind": "actor_died", "pid": child.pid})
+            if child.process.returncode and self._stop_reason is None:
+                self._progress.say(f"{child.name} ended with code {child.process.returncode}:\n{child.tail()}")
+        learner = self._learner
+        if learner is not None and not learner.running and not learner.ended_seen:
+            for peer, message in list(control.receive(0, [])):  # what it said last
+                self._hear(control, peer, message)
+            learner.ended_seen = True
+            if not self._learner_done and self._failure is None:
+                code, tail = learner.process.returncode, learner.tail()
+                self._failure = RunFailedError(
+                    f"the learner ended with code {code}{self._last_good()}\n{tail}".rstrip()
+                )
+        if self._failure is None and self._stop_reason is None and not self._learner_done:
+            self._check_actors_left()
+
+    def _check_actors_left(self) -> None:
+        """Fail when every actor has died and nobody joined by hand."""
+        if not self._actors or len(self._actors) < self._actors_wanted or any(c.running for c in self._actors):
+            return
+        ours = {child.pid for child in self._actors}
+        if any(actor["ready"] and actor["pid"] not in ours for actor in self._report.get("actors", [])):
+            return
+        died = [child for child in self._actors if child.process.returncode]
+        if died:  # those that the learner sent home ended with 0, and it will say why itself
+            code, tail = died[-1].process.returncode, died[-1].tail()
+            self._failure = RunFailedError(f"no actor is left; {died[-1].name} ended with code {code}:\n{tail}")
+
+    def _fail_learner(self, message: dict[str, Any]) -> None:
+        text = str(message["message"])
+        if message.get("exit_code") == UsageError.exit_code:
+            self._failure = UsageError(text)
+        elif message.get("crashed") and self._learner is not None:
+            self._failure = RunFailedError(f"the learner crashed{self._last_good()}\n{self._learner.tail()}")
+        else:
+            self._failure = RunFailedError(f"{text}{self._last_good()}")
+
+    def _last_good(self) -> str:
+        newest = self._folder.newest_policy()
+        return f"; the last good checkpoint is {newest.parent}" if newest else "; there is no checkpoint yet"
+
+    def _check_limits(self, control: ControlServer) -> None:
+        if self._interrupts and self._stop_reason is None:
+            self._request_stop(control, "interrupt")
+        limit_s = self._config.run.max_seconds
+        if limit_s and time.monotonic() - self._started >= limit_s and self._stop_reason is None:
+            self._request_stop(control, "max_seconds")
+
+    def _request_stop(self, control: ControlServer, reason: str) -> None:
+        self._stop_reason = self._stop_reason or reason
+        self._state = "stopping"
+        self._kill_at = self._kill_at or time.monotonic() + self._config.cluster.stop_s * 0.8
+        self._order(control, {"kind": "stop", "reason": reason})
+        if self._learner is not None and self._learner_peer is None:
+            self._learner.signal(signal.SIGKILL)  # it is still importing and has nothing to save
+
+    def _order(self, control: ControlServer, order: dict[str, Any]) -> None:
+        if self._learner_peer is not None:
+            control.send(self._learner_peer, order)
+
+    def _over(self) -> bool:
+        if self._failure is not None or self._interrupts > 1:
+            return True
+        if self._kill_at is not None and time.monotonic() > self._kill_at:
+            return True
+        learner_gone = self._learner is not None and not self._learner.running
+        return learner_gone and (self._learner_done or self._stop_reason is not None)
+
+    def _bring_down(self, control: ControlServer) -> None:
+        """End what still runs: by goodbye, then by SIGTERM, then by SIGKILL, within the grace."""
+        children = [child for child in [self._learner, *self._actors] if child is not None]
+        if self._interrupts > 1:
+            return  # at once: closing kills
+        if self._failure is None:
+            await_end(children, time.monotonic() + self._config.cluster.stop_s * 0.15)
+        for child in (left := await_end(children, time.monotonic())):
+            child.signal(signal.SIGTERM)
+        await_end(left, time.monotonic() + self._config.cluster.stop_s * 0.1)
+        for peer, message in list(control.receive(0, [])):
+            self._hear(control, peer, message)
+
+    # Judging versions
+
+    def _judge_candidates(self, control: ControlServer) -> None:
+        """Evaluate candidates one at a time in update order; the first to meet the goal ends the run."""
+        if self._judge is not None:
+            candidate, child = self._judge
+            if child.running:
+                return
+            self._judge = None
+            figures = self._read_evaluation(child)
+            self._weigh(candidate, figures)
+            best = None if self._best is None else self._best[1]
+            self._order(control, {"kind": "evaluated", "version": candidate.version, "best": best})
+            if meets(self._goal, figures) and self._confirmed is None and self._failure is None:
+                self._confirmed = candidate
+                self._folder.install_policy(candidate.policy)
+                self._candidates.clear()
+                self._request_stop(control, "goal")
+        if self._candidates and self._stop_reason is None:
+            candidate = self._candidates.popleft()
+            self._judge = (candidate, self._start_evaluation(candidate.policy, candidate.version))
+
+    def _weigh(self, candidate: Candidate, figures: dict[str, Any]) -> None:
+        self._evaluation = figures
+        shortfall = tuple(c.shortfall(figures) for c in self._goal)
+        score = (-sum(shortfall), float(figures["return_mean"]))
+        if self._best is None or score > self._best[0]:
+            self._best = (score, candidate.version)
+
+    def _start_evaluation(self, policy: Path, version: int) -> Child:
+        run = self._config.run
+        config = msgspec.json.encode(self._config.env).decode()
+        arguments = ["rustyrl_actors", "evaluate", run.env, "--env-config", config, "--policy", str(policy)]
+        arguments += ["--episodes", str(run.eval_episodes), "--seed", str((run.seed << 32) + version)]
+        return start_child(
+            "evaluation", arguments, self._folder.path / "logs" / "evaluate.log", actor=True, capture=True
+        )
+
+    def _read_evaluation(self, child: Child) -> dict[str, Any]:
+        output = child.process.stdout.read() if child.process.stdout is not None else b""
+        code, tail = child.process.returncode, child.tail()
+        child.close()
+        if code:
+            self._failure = self._failure or RunFailedError(f"the evaluation ended with code {code}:\n{tail}")
+            return {"return_mean": 0.0}
+        return msgspec.json.decode(output, type=dict[str, Any])
+
+    # Ending
+
+    def _finish(self) -> dict[str, Any]:
+        if self._confirmed is None and (newest := self._folder.newest_policy()) is not None:
+            self._folder.install_policy(newest)
+        if self._failure is not None:
+            raise self._failure
+        reason = self._stop_reason or "stop"
+        evaluation = None
+        if reason not in ("stop", "interrupt", "terminate"):
+            evaluation = self._final_evaluation()
+        version = self._confirmed.version if self._confirmed else self._report.get("version", 0)
+        summary = {
+            "env": self._spec.env,
+            "run": str(self._folder.path),
+            "steps": self._report.get("steps", 0),
+            "seconds": round(time.monotonic() - self._started, 3),
+            "trained_sps": round(self._report.get("trained_sps", 0.0), 1),
+            "policy_version": version,
+            "stopped_by": reason,
+            "bottleneck": bottleneck(self._report.get("stages_s", {})),
+            "eval": evaluation,
+            "tickets": self._report.get("tickets", {}),
+        }
+        self._folder.write_summary(summary)
+        return summary
+
+    def _final_evaluation(self) -> dict[str, Any] | None:
+        """Judge the policy that is kept, on seeds that nothing was chosen by."""
+        policy = self._folder.path / "policy.safetensors"
+        if not policy.exists():
+            return None
+        self._progress.say(f"evaluating the final policy over {self._config.run.eval_episodes} episodes")
+        child = self._start_evaluation(policy, 2**31)
+        try:
+            deadline = time.monotonic() + JUDGE_S
+            # A pipe holds 64 KiB, an evaluation's figures are some hundred bytes: it can end before it is read.
+            if await_end([child], deadline):
+                raise RunFailedError(f"the final evaluation took more than {JUDGE_S:.0f} s")
+            return self._read_evaluation(child)
+        finally:
+            child.close()
+
+    # Describing
+
+    def _status(self) -> dict[str, Any]:
+        pids = {child.pid: child.running for child in self._actors}
+        learner = {k: v for k, v in self._report.items() if k not in ("kind", "actors", "tickets")}
+        return {
+            "run": str(self._folder.path),
+            "env": self._spec.env,
+            "state": self._state,
+            "seconds": round(time.monotonic() - self._started, 3),
+            "learner": learner,
+            "actors": [{**actor, "started": actor["pid"] in pids} for actor in self._report.get("actors", [])],
+            "actors_started": len(self._actors),
+            "actors_alive": sum(pids.values()),
+            "tickets": self._report.get("tickets", {}),
+            "eval": self._evaluation,
+            "goal": [str(condition) for condition in self._goal],
+        }
+
+    def _view(self) -> View:
+        ready = sum(1 for actor in self._report.get("actors", []) if actor["ready"])
+        return View(
+            env=self._spec.env,
+            state=self._state,
+            run=str(self._folder.path),
+            seconds=time.monotonic() - self._started,
+            left=self._left(),
+            learner=self._report,
+            actors_alive=ready,
+            actors_started=max(ready, self._actors_wanted),
+            evaluation=self._evaluation,
+        )
+
+    def _left(self) -> str:
+        run, estimates = self._config.run, []
+        if run.max_seconds:
+            estimates.append(run.max_seconds - (time.monotonic() - self._started))
+        if run.total_steps and (sps := self._report.get("trained_sps")):
+            estimates.append((run.total_steps - self._report.get("steps", 0)) / sps)
+        if estimates:
+            return f"{max(0.0, min(estimates)):.0f} s"
+        return "until " + " and ".join(str(condition) for condition in self._goal) if self._goal else "until stopped"
+
+    def _write_cluster(self, control: ControlServer, state: str) -> None:
+        self._folder.write_cluster(
+            ClusterFile(
+                env=self._spec.env,
+                state=state,
+                pid=os.getpid(),
+                control=control.address,
+                link=self._link,
+                incarnation=self._incarnation,
+                started=time.time(),
+            )
+        )
+
+    def _catch_signals(self) -> dict[int, Any]:
+        if threading.current_thread() is not threading.main_thread():
+            return {}  # a script that trains in a thread keeps its own handlers
+
+        def interrupted(number: int, _frame: FrameType | None) -> None:
+            self._interrupts += 1
+            self._signal = number
+
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if sys.platform != "win32":
+            numbers.append(signal.SIGHUP)
+        return {number: signal.signal(number, interrupted) for number in numbers}
+
+
+def goal_of(config: Config, spec: EnvironmentSpec) -> tuple[Any, ...]:
+    """What ends the run when an evaluation meets it: ``--stop-at``, else the world's goal unless a budget is set."""
+    run = config.run
+    if run.stop_at:
+        return tuple(parse_condition(text) for text in run.stop_at)
+    if run.total_steps or run.max_seconds:
+        return ()
+    return tuple(parse_condition(text) for text in spec.goal)
+
+
+def default_actors() -> int:
+    """Two actors on up to three cores, else one less than there are cores, which the learner keeps."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(2, cores - 1)
+
+
+def bottleneck(stages_s: dict[str, float]) -> str:
+    """Which side the other waits for, by the learner's own clock."""
+    total = sum(stages_s.values())
+    if not total:
+        return "unknown"
+    waiting = stages_s.get("wait", 0.0) / total
+    side = "actors" if waiting > 0.5 else "learner"
+    return f"{side} (the learner waits for experience {waiting:.0%} of the time)"

@@ -1,0 +1,36 @@
+"""A child process does not outlive the process that started it, however that ends."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+
+__all__ = ["die_with_parent"]
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+POLL_S = 1.0
+
+
+def die_with_parent(parent: int) -> None:
+    """Arrange that this process is killed when its parent, process id ``parent``, ends.
+
+    On Linux the kernel does it; elsewhere a thread looks once a second. 0 is a process started by hand.
+    """
+    if not parent:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before the kernel was told
+            os._exit(1)
+    else:
+        threading.Thread(target=_watch, args=(parent,), daemon=True, name="parent-watch").start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(POLL_S)
+    os._exit(1)

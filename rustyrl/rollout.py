@@ -1,0 +1,189 @@
+"""The struct that goes up: what one actor saw and did while it answered one ticket."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rustyrl.spec import ArraySpec, EnvironmentSpec
+
+__all__ = ["EpisodeRows", "Rollout", "RolloutOrigin", "Ticket", "allocate_rollout", "rollout_arrays"]
+
+ALIGNMENT_BYTES = 64  # a cache line: every array of a rollout starts on one
+POISON = 0xCB  # a byte pattern that reads as a huge negative float32 and as neither True nor False
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """The learner's order for experience: these worlds, for this batch, under this policy version."""
+
+    batch: int
+    policy_version: int
+    worlds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutOrigin:
+    """Where a rollout comes from, so that the learner can hold it against the ticket that it answers."""
+
+    fingerprint: str
+    policy_name: str
+    ticket: Ticket
+    learner_incarnation: int
+    actor_index: int
+    actor_incarnation: int
+    stage_s: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class EpisodeRows:
+    """The M episodes that ended within a rollout, in the order of their ends.
+
+    slot: `[M]` int32, the column of the rollout in which the episode ran
+    episode_return: `[M]` float32, the undiscounted sum of rewards
+    length: `[M]` int32, in env steps
+    metrics: name to `[M]` float32, as the world declares them; NaN where the number means nothing
+    """
+
+    slot: NDArray[np.int32]
+    episode_return: NDArray[np.float32]
+    length: NDArray[np.int32]
+    metrics: dict[str, NDArray[np.float32]]
+
+
+@dataclass(slots=True)
+class Rollout:
+    """T consecutive env steps of the W slots that one actor owns, for one policy.
+
+    Time first, slots second; slots stand in the order of ``origin.ticket.worlds``, E to a world.
+
+    observation: name to `[T+1, W, ...]`, raw; the last row is what the bootstrap value is computed from
+    action: name to `[T, W, ...]`, raw samples before clipping
+    behavior_log_prob: `[T, W]` float32, log-probability of ``action`` under the ticket's policy version
+    reward: `[T, W]` float32
+    terminated: `[T, W]` bool, the future is worth 0
+    truncated: `[T, W]` bool, the future is worth V(final_observation)
+    valid: `[T, W]` bool, False where a slot held no agent
+    final_index: `[K, 2]` int32, the (t, w) of each truncated step
+    final_observation: name to `[K, ...]`, what was seen at those steps before the reset
+    episodes: the episodes that ended here
+    storage: uint8, the one contiguous block that the fixed-size arrays are views of, or None
+    """
+
+    origin: RolloutOrigin
+    observation: dict[str, NDArray[np.generic]]
+    action: dict[str, NDArray[np.generic]]
+    behavior_log_prob: NDArray[np.float32]
+    reward: NDArray[np.float32]
+    terminated: NDArray[np.bool_]
+    truncated: NDArray[np.bool_]
+    valid: NDArray[np.bool_]
+    final_index: NDArray[np.int32]
+    final_observation: dict[str, NDArray[np.generic]]
+    episodes: EpisodeRows
+    storage: NDArray[np.uint8] | None = None
+
+    @property
+    def unroll_length(self) -> int:
+        """T."""
+        return int(self.reward.shape[0])
+
+    @property
+    def slots(self) -> int:
+        """W."""
+        return int(self.reward.shape[1])
+
+
+def rollout_arrays(spec: EnvironmentSpec, unroll_length: int, slots: int) -> list[ArraySpec]:
+    """The fixed-size arrays of a rollout in the order in which they stand on the wire."""
+    steps = (unroll_length, slots)
+    rows = (unroll_length + 1, slots)
+    action = spec.action.array
+    return [
+        *(ArraySpec(f"observation.{a.name}", rows + a.shape, a.dtype) for a in spec.observation),
+        ArraySpec(f"action.{action.name}", steps + action.shape, action.dtype),
+        ArraySpec("behavior_log_prob", steps, "float32"),
+        ArraySpec("reward", steps, "float32"),
+        ArraySpec("terminated", steps, "bool"),
+        ArraySpec("truncated", steps, "bool"),
+        ArraySpec("valid", steps, "bool"),
+    ]
+
+
+def allocate_rollout(
+    spec: EnvironmentSpec, unroll_length: int, slots: int, origin: RolloutOrigin, *, poison: bool = False
+) -> Rollout:
+    """Allocate a rollout whose fixed-size arrays are views of one contiguous block.
+
+    The block has room behind them for the final observations and episodes of a usual rollout, so that the
+    whole is sent without a copy. With ``poison`` it starts filled with a pattern that no step writes.
+    """
+    arrays = rollout_arrays(spec, unroll_length, slots)
+    size = sum(aligned(array_bytes(array)) for array in arrays)
+    # Room for every slot ending twice. Pages that are never written cost nothing.
+    tail = 2 * slots * (4 * (spec.observation_width + 5 + len(spec.episode_metrics))) + 64 * ALIGNMENT_BYTES
+    storage = np.empty(size + tail, np.uint8)
+    if poison:
+        storage[:] = POISON
+    views: dict[str, NDArray[np.generic]] = {}
+    offset = 0
+    for array in arrays:
+        count = array_bytes(array)
+        views[array.name] = storage[offset : offset + count].view(array.dtype).reshape(array.shape)
+        offset += aligned(count)
+    return rollout_from_arrays(views, origin, no_episodes(spec), storage=storage)
+
+
+def rollout_from_arrays(
+    views: dict[str, NDArray[np.generic]],
+    origin: RolloutOrigin,
+    episodes: EpisodeRows,
+    *,
+    final_index: NDArray[np.int32] | None = None,
+    storage: NDArray[np.uint8] | None = None,
+) -> Rollout:
+    """Build the struct from arrays under their wire names (see `rollout_arrays`)."""
+    observation = _under(views, "observation.")
+    final = _under(views, "final_observation.")
+    if not final:
+        final = {name: np.empty((0, *a.shape[2:]), a.dtype) for name, a in observation.items()}
+    return Rollout(
+        origin=origin,
+        observation=observation,
+        action=_under(views, "action."),
+        behavior_log_prob=views["behavior_log_prob"],  # type: ignore[arg-type]
+        reward=views["reward"],  # type: ignore[arg-type]
+        terminated=views["terminated"],  # type: ignore[arg-type]
+        truncated=views["truncated"],  # type: ignore[arg-type]
+        valid=views["valid"],  # type: ignore[arg-type]
+        final_index=np.empty((0, 2), np.int32) if final_index is None else final_index,
+        final_observation=final,
+        episodes=episodes,
+        storage=storage,
+    )
+
+
+def no_episodes(spec: EnvironmentSpec) -> EpisodeRows:
+    """The episodes of a rollout in which none ended."""
+    none = np.empty(0, np.float32)
+    empty = np.empty(0, np.int32)
+    return EpisodeRows(empty, none, empty, dict.fromkeys(spec.episode_metrics, none))
+
+
+def array_bytes(array: ArraySpec) -> int:
+    """The size of an array, computed with Python integers so that it cannot overflow."""
+    count = np.dtype(array.dtype).itemsize
+    for size in array.shape:
+        count *= size
+    return count
+
+
+def aligned(count_bytes: int) -> int:
+    """Round up to the alignment of the arrays in a block."""
+    return -(-count_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def _under(views: dict[str, NDArray[np.generic]], prefix: str) -> dict[str, NDArray[np.generic]]:
+    return {name.removeprefix(prefix): view for name, view in views.items() if name.startswith(prefix)}

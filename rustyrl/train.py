@@ -1,0 +1,68 @@
+"""Train from a script or from the command line: the same way."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from rustyrl.condition import parse_condition
+from rustyrl.config import Config, build_config, read_config
+from rustyrl.describe import describe
+from rustyrl.errors import RunFailedError, UsageError
+from rustyrl.launcher import Launcher
+from rustyrl.progress import Progress, make_progress
+from rustyrl.run_folder import RunFolder, new_run_path
+from rustyrl.spec import EnvironmentSpec
+
+__all__ = ["launch", "resume_config", "train"]
+
+KNOWN_FIGURES = ("return_mean", "return_std", "length_mean")
+
+
+def train(config: Config, run: Path | str | None = None, *, resume: bool = False) -> dict[str, Any]:
+    """Train as ``rustyrl train`` does and return the summary that it would write.
+
+    Args:
+        config: every setting; ``rustyrl.configure`` makes one from what a world recommends and your changes.
+        run: the run folder; None makes a new one below ``runs/``.
+        resume: go on from the newest checkpoint in ``run``.
+
+    Raises:
+        UsageError: something asked for cannot be had.
+        RunFailedError: the run started and ended badly, with the cause.
+    """
+    spec = describe(config.run.env, config.env)
+    return launch(config, spec, run, resume=resume, progress=make_progress(to_stderr=True))
+
+
+def launch(
+    config: Config, spec: EnvironmentSpec, run: Path | str | None, *, resume: bool, progress: Progress
+) -> dict[str, Any]:
+    """Check what can be checked before anything is started, then run; see `train`."""
+    missing = [name for name in ("torch", "tensorboard") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"training needs {' and '.join(missing)}: pip install 'rustyrl[learner]'")
+    for condition in map(parse_condition, config.run.stop_at):
+        known = (*KNOWN_FIGURES, *(metric.name for metric in spec.metrics))
+        if condition.metric not in known:
+            raise UsageError(f"--stop-at {condition}: {spec.env!r} has no such figure; it has {', '.join(known)}")
+    if config.run.init and not Path(config.run.init).is_file():
+        raise UsageError(f"--init: there is no file {config.run.init}")
+    with RunFolder(Path(run) if run else new_run_path(config.run.env), resume=resume) as folder:
+        folder.write_inputs(config, spec)
+        try:
+            with progress:
+                return Launcher(config, spec, folder, progress, resume=resume).run()
+        except RunFailedError as error:
+            raise RunFailedError(f"{error}\nlogs are in {folder.path / 'logs'}") from None
+
+
+def resume_config(run: Path) -> dict[str, dict[str, Any]]:
+    """The configuration that a run folder was started with, as a layer."""
+    path = run / "config.toml"
+    if not path.exists():
+        raise UsageError(f"{run} holds no run to resume")
+    layer = read_config(path)
+    build_config(layer)
+    return layer

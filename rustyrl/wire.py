@@ -1,0 +1,292 @@
+"""Every message between processes, and the only code that turns bytes into them.
+
+A message is exactly two frames: a msgpack header and one contiguous blob, empty where there is nothing to
+carry. The header is an array ``[wire version, kind, body]``. Headers are decoded by msgpack under size limits and
+then checked field by field against the structs below; blobs are checked against the header before anything is
+built from them. What fails raises `WireError` with a reason under which it is counted.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgpack
+import msgspec
+import numpy as np
+from msgspec import Meta
+from numpy.typing import NDArray
+
+from rustyrl.errors import WireError
+from rustyrl.rollout import (
+    EpisodeRows,
+    Rollout,
+    RolloutOrigin,
+    Ticket,
+    aligned,
+    array_bytes,
+    rollout_from_arrays,
+)
+from rustyrl.spec import ArraySpec
+from rustyrl.weights import Weights, decode_weights
+
+__all__ = [
+    "WIRE_VERSION",
+    "Goodbye",
+    "Hello",
+    "Lease",
+    "Ready",
+    "Refusal",
+    "TicketMessage",
+    "WeightsHeader",
+    "Welcome",
+    "decode_header",
+    "decode_rollout",
+    "decode_weights_message",
+    "encode_message",
+    "encode_rollout",
+]
+
+WIRE_VERSION = 1
+MAX_HEADER_BYTES = 1 << 20
+MAX_BLOB_BYTES = 1 << 31
+MAX_ARRAYS = 256
+MAX_WORLDS = 65536
+
+Count = Annotated[int, Meta(ge=0, le=2**62)]
+Text = Annotated[str, Meta(max_length=4096)]
+Fingerprint = Annotated[str, Meta(max_length=64)]
+Worlds = Annotated[tuple[Annotated[int, Meta(ge=0, lt=MAX_WORLDS)], ...], Meta(min_length=1, max_length=MAX_WORLDS)]
+
+
+class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A header's body."""
+
+
+class Hello(_Message, frozen=True, tag="hello"):
+    """Actor to learner, first: who I am. ``index`` -1 asks for any free one."""
+
+    index: Annotated[int, Meta(ge=-1, le=MAX_WORLDS)]
+    incarnation: Count
+    pid: Count
+    host: Text
+
+
+class Welcome(_Message, frozen=True, tag="welcome"):
+    """Learner to actor: build these worlds and say what you see."""
+
+    index: Annotated[int, Meta(ge=0, le=MAX_WORLDS)]
+    learner_incarnation: Count
+    env: Text
+    env_config: dict[Text, bool | int | float | str]
+    seed: Count
+    unroll_length: Annotated[int, Meta(ge=1, le=65536)]
+    stagger: bool
+    poison: bool
+
+
+class Ready(_Message, frozen=True, tag="ready"):
+    """Actor to learner: my environment has this fingerprint, give me tickets."""
+
+    fingerprint: Fingerprint
+
+
+class Refusal(_Message, frozen=True, tag="refusal"):
+    """Either way: this cannot work, and why. The link ends."""
+
+    reason: Text
+
+
+class TicketMessage(_Message, frozen=True, tag="ticket"):
+    """Learner to actor: unroll these worlds for this batch with the weights sent last."""
+
+    learner_incarnation: Count
+    batch: Count
+    policy_version: Count
+    worlds: Worlds
+
+    @property
+    def ticket(self) -> Ticket:
+        """As the struct that travels through the actor."""
+        return Ticket(self.batch, self.policy_version, self.worlds)
+
+
+class WeightsHeader(_Message, frozen=True, tag="weights"):
+    """Learner to actor: the blob is this version of the policy."""
+
+    learner_incarnation: Count
+    policy_version: Count
+
+
+class Lease(_Message, frozen=True, tag="lease"):
+    """Actor to learner: I live."""
+
+
+class Goodbye(_Message, frozen=True, tag="goodbye"):
+    """Learner to actor: the run is over. Actor to learner: I leave."""
+
+
+class RolloutHeader(_Message, frozen=True, tag="rollout"):
+    """Actor to learner: the blob is the answer to this ticket; its arrays follow one another, aligned."""
+
+    fingerprint: Fingerprint
+    policy_name: Annotated[str, Meta(max_length=64)]
+    batch: Count
+    policy_version: Count
+    worlds: Worlds
+    learner_incarnation: Count
+    actor_index: Annotated[int, Meta(ge=0, le=MAX_WORLDS)]
+    actor_incarnation: Count
+    stage_s: Annotated[dict[Annotated[str, Meta(max_length=32)], Annotated[float, Meta(ge=0)]], Meta(max_length=16)]
+    arrays: Annotated[tuple[ArraySpec, ...], Meta(max_length=MAX_ARRAYS)]
+
+
+Message = Hello | Welcome | Ready | Refusal | TicketMessage | WeightsHeader | Lease | Goodbye | RolloutHeader
+
+
+def encode_message(message: Message) -> bytes:
+    """The header frame of a message."""
+    return msgpack.packb([WIRE_VERSION, msgspec.to_builtins(message)])  # type: ignore[no-any-return]
+
+
+def decode_header(frame: bytes | memoryview) -> Message:
+    """Check and build a message from a header frame that anybody may have sent."""
+    if len(frame) > MAX_HEADER_BYTES:
+        raise WireError("oversize", f"a header of {len(frame)} bytes, at most {MAX_HEADER_BYTES}")
+    try:
+        content = msgpack.unpackb(
+            frame,
+            max_array_len=MAX_WORLDS,
+            max_map_len=MAX_ARRAYS,
+            max_str_len=4096,
+            max_bin_len=0,
+            max_ext_len=0,
+            strict_map_key=True,
+        )
+    except Exception as error:  # msgpack raises a dozen kinds, ValueError to RecursionError
+        raise WireError("malformed", f"not a msgpack header: {error}") from None
+    if not isinstance(content, list) or len(content) != 2:
+        raise WireError("malformed", "a header is [wire version, body]")
+    if content[0] != WIRE_VERSION:
+        raise WireError(
+            "wire-version",
+            f"wire version {content[0]!r}, this side speaks {WIRE_VERSION}: install the same rustyrl",
+        )
+    try:
+        message: Message = msgspec.convert(content[1], Message)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise WireError("malformed", str(error)) from None
+    return message
+
+
+def encode_rollout(rollout: Rollout) -> tuple[bytes, memoryview]:
+    """The two frames of a rollout. The blob is the rollout's own block where that has room: nothing is copied.
+
+    The block must not change until the blob has left.
+    """
+    if rollout.storage is None:
+        raise ValueError("only rollouts made by allocate_rollout are encoded")
+    fixed = _fixed_arrays(rollout)
+    tail = _tail_arrays(rollout)
+    arrays = [ArraySpec(name, array.shape, str(array.dtype)) for name, array in [*fixed, *tail]]  # type: ignore[arg-type]
+    offset = sum(aligned(array_bytes(array)) for array in arrays[: len(fixed)])
+    size = sum(aligned(array_bytes(array)) for array in arrays)
+    storage = rollout.storage
+    if size > len(storage):  # more episodes ended than there was room for
+        storage = np.empty(size, np.uint8)
+        storage[:offset] = rollout.storage[:offset]
+    for _, array in tail:
+        storage[offset : offset + array.nbytes].view(array.dtype).reshape(array.shape)[...] = array
+        offset += aligned(array.nbytes)
+    origin = rollout.origin
+    header = RolloutHeader(
+        fingerprint=origin.fingerprint,
+        policy_name=origin.policy_name,
+        batch=origin.ticket.batch,
+        policy_version=origin.ticket.policy_version,
+        worlds=origin.ticket.worlds,
+        learner_incarnation=origin.learner_incarnation,
+        actor_index=origin.actor_index,
+        actor_incarnation=origin.actor_incarnation,
+        stage_s=origin.stage_s,
+        arrays=tuple(arrays),
+    )
+    return encode_message(header), storage[:size].data
+
+
+def decode_rollout(header: RolloutHeader, blob: memoryview) -> Rollout:
+    """Build a rollout whose arrays are views of the blob, which must outlive them.
+
+    Checks that the arrays fit the blob exactly and that they are those of a rollout; whether they are the
+    shapes that this run expects, and what numbers they hold, is checked when the rollout is admitted.
+    """
+    if len(blob) > MAX_BLOB_BYTES:
+        raise WireError("oversize", f"a blob of {len(blob)} bytes, at most {MAX_BLOB_BYTES}")
+    views: dict[str, NDArray[Any]] = {}
+    offset = 0
+    for array in header.arrays:
+        count = array_bytes(array)
+        if offset + count > len(blob):
+            raise WireError("truncated", f"{array.name} ends at byte {offset + count} of {len(blob)}")
+        if array.name in views:
+            raise WireError("malformed", f"two arrays are named {array.name!r}")
+        flat = np.frombuffer(blob[offset : offset + count], np.uint8)
+        if array.dtype == "bool" and count and flat.max() > 1:
+            raise WireError("malformed", f"{array.name} holds bytes that are neither False nor True")
+        views[array.name] = flat.view(array.dtype).reshape(array.shape)
+        offset += aligned(count)
+    if offset != len(blob):
+        raise WireError("malformed", f"the arrays take {offset} bytes, the blob has {len(blob)}")
+    origin = RolloutOrigin(
+        fingerprint=header.fingerprint,
+        policy_name=header.policy_name,
+        ticket=Ticket(header.batch, header.policy_version, header.worlds),
+        learner_incarnation=header.learner_incarnation,
+        actor_index=header.actor_index,
+        actor_incarnation=header.actor_incarnation,
+        stage_s=header.stage_s,
+    )
+    try:
+        episodes = EpisodeRows(
+            slot=views["episode.slot"],
+            episode_return=views["episode.return"],
+            length=views["episode.length"],
+            metrics={
+                name.removeprefix("episode_metric."): view
+                for name, view in views.items()
+                if name.startswith("episode_metric.")
+            },
+        )
+        return rollout_from_arrays(views, origin, episodes, final_index=views["final_index"])
+    except KeyError as error:
+        raise WireError("malformed", f"the rollout lacks the array {error}") from None
+
+
+def decode_weights_message(blob: memoryview) -> Weights:
+    """The policy that a weights message carries."""
+    if len(blob) > MAX_BLOB_BYTES:
+        raise WireError("oversize", f"a blob of {len(blob)} bytes, at most {MAX_BLOB_BYTES}")
+    return decode_weights(blob)
+
+
+def _fixed_arrays(rollout: Rollout) -> list[tuple[str, NDArray[Any]]]:
+    return [
+        *((f"observation.{name}", array) for name, array in rollout.observation.items()),
+        *((f"action.{name}", array) for name, array in rollout.action.items()),
+        ("behavior_log_prob", rollout.behavior_log_prob),
+        ("reward", rollout.reward),
+        ("terminated", rollout.terminated),
+        ("truncated", rollout.truncated),
+        ("valid", rollout.valid),
+    ]
+
+
+def _tail_arrays(rollout: Rollout) -> list[tuple[str, NDArray[Any]]]:
+    episodes = rollout.episodes
+    return [
+        ("final_index", rollout.final_index),
+        *((f"final_observation.{name}", array) for name, array in rollout.final_observation.items()),
+        ("episode.slot", episodes.slot),
+        ("episode.return", episodes.episode_return),
+        ("episode.length", episodes.length),
+        *((f"episode_metric.{name}", array) for name, array in sorted(episodes.metrics.items())),
+    ]
