@@ -67,7 +67,7 @@ def start_child(name: str, arguments: list[str], log: Path, *, actor: bool, capt
     It learns our process id and dies with us. Its standard error, and its standard output unless it is to be
     captured, go to the log.
     """
-    environment = actor_environment() if actor else dict(os.environ)
+    environment = actor_environment() if actor else learner_environment()
     module, *rest = arguments
     command = [sys.executable, "-m", module, "--parent", str(os.getpid()), *rest]
     with log.open("ab") as output:
@@ -88,6 +88,15 @@ def await_end(children: list[Child], deadline: float) -> list[Child]:
     while (left := [child for child in children if child.running]) and time.monotonic() < deadline:
         time.sleep(0.01)
     return left
+
+
+def learner_environment() -> dict[str, str]:
+    """Keep freed memory in the process (glibc): an update allocates the same megabytes over and over.
+
+    Giving them back and faulting them in again cost a fifth of an update on the CPU.
+    """
+    kept = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
+    return {**kept, **os.environ}
 
 
 def actor_environment() -> dict[str, str]:

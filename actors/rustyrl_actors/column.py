@@ -34,6 +34,7 @@ class ColumnEnvironment:
         esper.switch_world(self._context)
         self._agent = world.build()
         if missing := set(spec.episode_metrics) - self._agent.episode_metrics.keys():
+            self.close()
             raise ContractError(
                 f"world {spec.env!r} declares the episode metrics {sorted(missing)} but its Agent's "
                 "episode_metrics lack them; add a float32 array of one number a slot for each"

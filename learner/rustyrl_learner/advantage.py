@@ -20,10 +20,13 @@ def training_batch(
     batch: Batch,
     gamma: float,
     gae_lambda: float,
+    *,
+    lagged: bool,
 ) -> TrainingBatch:
     """Evaluate the critic on every row and on every final observation in one pass, then `gae` (stop 7).
 
-    Rows that held no agent are left out of the result.
+    Rows that held no agent are left out of the result. If the batch is ``lagged``, collected under an older version
+    than the network's, the log-probability of its actions now is computed too.
     """
     steps, slots = batch.reward.shape
     width = batch.observation.shape[-1]
@@ -36,10 +39,14 @@ def training_batch(
     future = next_values(value, batch.terminated, batch.truncated, batch.final_index, values[count:])
     ended = batch.terminated | batch.truncated
     advantage = gae(batch.reward, value[:-1], future, ended, batch.valid, gamma, gae_lambda)
+    observation = rows[: steps * slots]
+    action = batch.action.reshape(steps * slots, *batch.action.shape[2:])
+    behavior_log_prob = batch.behavior_log_prob.reshape(-1)
     flat = {
-        "observation": rows[: steps * slots],
-        "action": batch.action.reshape(steps * slots, *batch.action.shape[2:]),
-        "behavior_log_prob": batch.behavior_log_prob.reshape(-1),
+        "observation": observation,
+        "action": action,
+        "behavior_log_prob": behavior_log_prob,
+        "proximal_log_prob": network.log_prob(network.policy(observation), action) if lagged else behavior_log_prob,
         "advantage": advantage.reshape(-1),
         "value": value[:-1].reshape(-1),
         "value_target": (advantage + value[:-1]).reshape(-1),

@@ -152,12 +152,14 @@ class Learner:
         losses = None
         if not warm_up:  # with a normaliser, the first batch only initialises it
             with stages("advantages"):
+                lagged = config.batch.max_policy_lag > 0
+                ppo = config.ppo
                 training = training_batch(
-                    self._network, self._normalizer, batch, config.ppo.gamma, config.ppo.gae_lambda
+                    self._network, self._normalizer, batch, ppo.gamma, ppo.gae_lambda, lagged=lagged
                 )
             with stages("update"):
                 rate = self._learning_rate()
-                losses = ppo_update(self._network, self._optimizer, training, config.ppo, rate, self._shuffle)
+                losses = ppo_update(self._network, self._optimizer, training, ppo, rate, self._shuffle)
         if self._normalizer is not None:
             with stages("normalize"):
                 self._normalizer.fold(batch.observation[:-1][batch.valid])

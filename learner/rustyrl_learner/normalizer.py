@@ -36,10 +36,13 @@ class ObservationNormalizer:
         count = float(observation.shape[0])
         if not count:
             return
-        # Shifted by the running mean, float32 loses nothing that matters; the sums are float64.
+        # Shifted by the running mean, float32 loses nothing that matters; the sums are float64. The first rows have
+        # no running mean: far from the origin their own is rounded by more than a small spread, which is put right.
         shifted = observation - self.mean.float()
         shift = shifted.mean(0, dtype=torch.float64)
-        spread = (shifted - shift.float()).square_().mean(0, dtype=torch.float64)
+        rounded = shift.float()
+        spread = (shifted - rounded).square_().mean(0, dtype=torch.float64)
+        spread = (spread - (shift - rounded).square()).clamp_(min=0.0)
         mean = self.mean.float().double() + shift
         delta = mean - self.mean
         total = self.count + count

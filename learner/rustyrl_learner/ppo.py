@@ -14,28 +14,48 @@ from rustyrl_learner.network import ActorCritic
 __all__ = ["Losses", "TrainingBatch", "kl_estimate", "policy_loss", "ppo_update", "value_loss"]
 
 
+MAX_IMPORTANCE = 2.0  # truncates the weight of what the version that collected it found unlikely
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingBatch:
     """The valid steps of one batch, flattened: N rows, everything on the learner's device.
 
     observation: `[N, width]` float32, normalised
     action: `[N, A]` float32 raw samples, or `[N]` int64
-    behavior_log_prob, advantage, value, value_target: `[N]` float32
+    behavior_log_prob: `[N]` float32, of the action under the version that chose it
+    proximal_log_prob: `[N]` float32, of the action under the version that this update starts from
+    advantage, value, value_target: `[N]` float32
     """
 
     observation: Tensor
     action: Tensor
     behavior_log_prob: Tensor
+    proximal_log_prob: Tensor
     advantage: Tensor
     value: Tensor
     value_target: Tensor
+
+    def select(self, rows: Tensor) -> TrainingBatch:
+        """The rows `[n]` int64 of the batch."""
+        return TrainingBatch(
+            self.observation.index_select(0, rows),
+            self.action.index_select(0, rows),
+            self.behavior_log_prob.index_select(0, rows),
+            self.proximal_log_prob.index_select(0, rows),
+            self.advantage.index_select(0, rows),
+            self.value.index_select(0, rows),
+            self.value_target.index_select(0, rows),
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Losses:
     """What one update did, averaged over its minibatches; ``learning_rate`` is the last one used.
 
-    first_ratio_error: the largest |ratio - 1| of the first minibatch, 0 up to rounding when on-policy.
+    approx_kl, clip_fraction: against the version that the update started from.
+    first_ratio_error: the largest |probability now / at collection - 1| in the first minibatch, before any step:
+    0 up to rounding at lag 0.
     """
 
     policy_loss: float
@@ -49,16 +69,21 @@ class Losses:
     learning_rate: float
 
 
-def policy_loss(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """The clipped surrogate, Schulman et al. 2017, equation 7, negated and averaged.
+def policy_loss(ratio: Tensor, importance: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """The clipped surrogate, negated and averaged, with its two roles of the old policy kept apart.
+
+    Schulman et al. 2017, equation 7, where ``importance`` is 1. At a policy lag the update must not move far from
+    where it starts, while the samples are weighed by who drew them: Hilton, Cobbe and Schulman 2021, 'Batch
+    size-invariance for policy optimization', equation 2.
 
     Args:
-        ratio: `[N]` probability of the action now over that at collection.
+        ratio: `[N]` probability of the action now over that when the update started.
+        importance: `[N]` probability when the update started over that at collection; 1 at lag 0.
         advantage: `[N]`.
         clip: epsilon.
     """
     clipped = ratio.clamp(1 - clip, 1 + clip)
-    return -torch.minimum(ratio * advantage, clipped * advantage).mean()
+    return -(importance * torch.minimum(ratio * advantage, clipped * advantage)).mean()
 
 
 def value_loss(value: Tensor, old_value: Tensor, target: Tensor, clip: float) -> Tensor:
@@ -145,14 +170,17 @@ def _optimizer_step(
     rows: Tensor,
     config: PPOConfig,
 ) -> tuple[Tensor, Tensor]:
-    outputs, value = network(batch.observation[rows])
-    advantage = batch.advantage[rows]
-    if config.normalize_advantage and len(rows) > 1:
+    batch = batch.select(rows)
+    outputs, value = network(batch.observation)
+    advantage = batch.advantage
+    if config.normalize_advantage and len(advantage) > 1:
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    log_ratio = network.log_prob(outputs, batch.action[rows]) - batch.behavior_log_prob[rows]
+    log_prob = network.log_prob(outputs, batch.action)
+    log_ratio = log_prob - batch.proximal_log_prob
     ratio = log_ratio.exp()
-    policy = policy_loss(ratio, advantage, config.clip)
-    critic = value_loss(value, batch.value[rows], batch.value_target[rows], config.value_clip)
+    importance = (batch.proximal_log_prob - batch.behavior_log_prob).exp().clamp(max=MAX_IMPORTANCE)
+    policy = policy_loss(ratio, importance, advantage, config.clip)
+    critic = value_loss(value, batch.value, batch.value_target, config.value_clip)
     entropy = network.entropy(outputs).mean()
     loss = policy + config.value_coefficient * critic - config.entropy * entropy
     optimizer.zero_grad(set_to_none=True)
@@ -164,7 +192,8 @@ def _optimizer_step(
         kl = kl_estimate(log_ratio)
         off = (ratio - 1).abs()
         clipped = (off > config.clip).float().mean()
-        return torch.stack([policy, critic, entropy, kl, clipped, norm]).detach(), off.max()
+        behavior_error = (log_prob - batch.behavior_log_prob).exp().sub(1).abs().max()
+        return torch.stack([policy, critic, entropy, kl, clipped, norm]).detach(), behavior_error
 
 
 def _check_finite(network: ActorCritic, norm: Tensor, policy: Tensor, critic: Tensor, entropy: Tensor) -> None:

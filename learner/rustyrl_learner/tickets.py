@@ -97,6 +97,8 @@ class TicketBook:
         """The tickets to send now that this version exists, oldest batch first."""
         if not self._members:
             return []
+        if not any(member.worlds for member in self._members.values()):
+            self._balance()  # at the start, and after everyone had left: open batches must not wait for an edge
         while self._next - self._lag <= max(newest_version, self._first):
             if self._unbalanced:
                 self._balance()
@@ -149,22 +151,25 @@ class TicketBook:
     def _balance(self) -> None:
         members = self.members
         before = {world: member.index for member in members for world in member.worlds}
+        begun = self._next > self._first  # the first assignment moves nothing
         assignment = assign_worlds(self._worlds, {member.index: member.worlds for member in members})
         for member in members:
             member.worlds = assignment[member.index]
-            self.worlds_moved += sum(1 for w in member.worlds if before and before.get(w) != member.index)
+            self.worlds_moved += sum(1 for w in member.worlds if begun and before.get(w) != member.index)
         self._unbalanced = False
 
 
 def assign_worlds(worlds: int, owned: dict[int, list[int]]) -> dict[int, list[int]]:
     """Share worlds evenly among actor indices, moving as few as possible.
 
-    Every actor's share differs by at most one, larger shares at lower indices; what an actor keeps and gets is in
-    ascending order, so the result follows from the sorted indices and what they owned.
+    Every actor's share differs by at most one; the larger shares stay with who owns that many, then go to lower
+    indices. What an actor keeps and gets is in ascending order, so the result follows from the sorted indices and
+    what they owned.
     """
     indices = sorted(owned)
     base, extra = divmod(worlds, len(indices))
-    share = {index: base + (position < extra) for position, index in enumerate(indices)}
+    larger = sorted(indices, key=lambda index: (len(owned[index]) <= base, index))[:extra]
+    share = {index: base + (index in larger) for index in indices}
     kept = {index: sorted(owned[index])[: share[index]] for index in indices}
     taken = {world for worlds_kept in kept.values() for world in worlds_kept}
     free = [world for world in range(worlds) if world not in taken]
