@@ -12,8 +12,10 @@ import os
 import socket
 import stat
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -22,7 +24,7 @@ import msgspec
 import zmq
 
 from rustyrl.errors import UsageError, WireError
-from rustyrl.wire import MAX_BLOB_BYTES, Message, decode_header, encode_message
+from rustyrl.wire import MAX_BLOB_BYTES, Goodbye, Message, decode_header, encode_message
 
 __all__ = [
     "ControlClient",
@@ -33,6 +35,7 @@ __all__ = [
     "loopback_address",
 ]
 
+WRITE_POLL_MS = 500  # how often a send that waits looks whether the learner said goodbye
 HEARTBEAT_MS = 2000
 HANDSHAKE_MS = 2000
 RECONNECT_MS = 100
@@ -57,6 +60,7 @@ class _Sockets:
     def __init__(self) -> None:
         self._context = zmq.Context()
         self._context.setsockopt(zmq.LINGER, 0)
+        self._bound: str | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -69,6 +73,9 @@ class _Sockets:
     def close(self) -> None:
         """Close every socket; what could not be sent within their linger is gone."""
         self._context.destroy()
+        if self._bound is not None and self._bound.startswith("ipc://"):
+            Path(self._bound.removeprefix("ipc://")).unlink(missing_ok=True)  # ZeroMQ leaves it
+            self._bound = None
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         opened = self._context.socket(kind)
@@ -90,7 +97,7 @@ class RolloutReceiver(_Sockets):
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
         try:
-            self.address = _bind(self._router, listen)
+            self.address = self._bound = _bind(self._router, listen)
         except BaseException:
             self.close()
             raise
@@ -141,6 +148,7 @@ class RolloutSender(_Sockets):
     def __init__(self, address: str) -> None:
         super().__init__()
         self._dealer = self._socket(zmq.DEALER)
+        self._held: deque[Received] = deque()  # came while a send waited
         self._dealer.setsockopt(zmq.IDENTITY, os.urandom(IDENTITY_BYTES - 1) + b"a")
         self._dealer.setsockopt(zmq.IMMEDIATE, 1)
         self._dealer.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
@@ -161,9 +169,20 @@ class RolloutSender(_Sockets):
         return self.send_frames(encode_message(message), blob, timeout_s)
 
     def send_frames(self, header: bytes, blob: memoryview | bytes, timeout_s: float = 10.0) -> zmq.MessageTracker:
-        """Send an encoded message; see `send`."""
-        if not self._dealer.poll(int(timeout_s * 1000), zmq.POLLOUT):
-            raise TimeoutError(f"no learner took a message within {timeout_s:.0f} s")
+        """Send an encoded message; see `send`.
+
+        Raises:
+            TimeoutError: if no learner took it in time.
+            ConnectionAbortedError: if the learner has said goodbye meanwhile.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self._dealer.poll(WRITE_POLL_MS, zmq.POLLOUT):
+            while (received := self._receive_now()) is not None:
+                if isinstance(received.message, Goodbye):
+                    raise ConnectionAbortedError("the learner said goodbye")
+                self._held.append(received)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no learner took a message within {timeout_s:.0f} s")
         tracker = self._dealer.send_multipart([header, blob], copy=False, track=True)
         assert tracker is not None  # noqa: S101 - track=True
         return tracker
@@ -174,9 +193,17 @@ class RolloutSender(_Sockets):
         Raises:
             WireError: the learner sent something else than a message.
         """
+        if self._held:
+            return self._held.popleft()
         if not self._dealer.poll(max(0, int(timeout_s * 1000))):
             return None
-        frames = self._dealer.recv_multipart(copy=False)
+        return self._receive_now()
+
+    def _receive_now(self) -> Received | None:
+        try:
+            frames = self._dealer.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return None
         received = _check_frames([zmq.Frame(b""), *frames])
         if isinstance(received.message, WireError):
             raise received.message
@@ -191,7 +218,7 @@ class ControlServer(_Sockets):
         self._router = self._socket(zmq.ROUTER)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         try:
-            self.address = _bind(self._router, listen)
+            self.address = self._bound = _bind(self._router, listen)
         except BaseException:
             self.close()
             raise

@@ -21,12 +21,13 @@ from rustyrl.doctor import examine
 from rustyrl.errors import RunFailedError, UsageError
 from rustyrl.processes import actor_environment
 from rustyrl.progress import make_progress
-from rustyrl.run_folder import find_run, list_runs
+from rustyrl.run_folder import find_run, is_live, list_runs
 from rustyrl.train import launch, resume_config
 
 __all__ = ["main"]
 
 ANSWER_S = 5.0
+STOP_S = 15.0
 EXIT_CODES = {"interrupt": 130, "terminate": 143}
 
 app = typer.Typer(
@@ -172,16 +173,12 @@ def status(run: RunOption = None, json: Json = False) -> None:
 def stop(run: RunOption = None, json: Json = False) -> None:
     """End a run after a last checkpoint."""
     path, cluster = find_run(run, live=True)
-    answer = _ask(run, {"kind": "stop"})
-    deadline = time.monotonic() + 15
-    while time.monotonic() < deadline:
-        try:
-            os.kill(cluster.pid, 0)
-        except ProcessLookupError:
-            break
+    answer = _ask(path, {"kind": "stop"})
+    deadline = time.monotonic() + STOP_S
+    while is_live(path):
+        if time.monotonic() > deadline:
+            raise RunFailedError(f"the launcher (process {cluster.pid}) still runs after {STOP_S:.0f} s")
         time.sleep(0.05)
-    else:
-        raise RunFailedError(f"the launcher (process {cluster.pid}) still runs")
     if json:
         _print_json({"run": answer["run"], "stopped": True})
     else:

@@ -24,7 +24,7 @@ class Condition:
     value: float
 
     def __str__(self) -> str:
-        return f"{self.metric}{'>=' if self.at_least else '<='}{self.value:g}"
+        return f"{self.metric}{'>=' if self.at_least else '<='}{self.value:.12g}"
 
     def holds(self, figures: Mapping[str, float | None]) -> bool:
         """Whether the figures meet it; a missing one does not."""
@@ -56,7 +56,10 @@ def parse_condition(text: str) -> Condition:
     try:
         if match is None:
             raise ValueError
-        return Condition(match[1], match[2] == ">=", float(match[3]))
+        value = float(match[3])
+        if math.isnan(value):  # nothing would ever meet it
+            raise ValueError
+        return Condition(match[1], match[2] == ">=", value)
     except ValueError:
         raise UsageError(f"{text!r} is no condition; expected METRIC>=VALUE or METRIC<=VALUE") from None
 

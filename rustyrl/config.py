@@ -172,7 +172,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, dict[str, Any]]:
 def read_config(path: Path) -> dict[str, dict[str, Any]]:
     """Read a TOML file as a layer."""
     try:
-        content = tomllib.loads(path.read_text())
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -196,8 +196,11 @@ def _sections() -> list[str]:
 def _check_names(section: str, values: Mapping[str, Any]) -> None:
     if section not in _sections():
         raise UsageError(f"unknown section {section!r}{nearest(section, _sections())}")
-    if section == "env":
-        return  # what a world declares is checked by its own process, which alone may import it
+    if section == "env":  # what a world declares is checked by its own process, which alone may import it
+        for key, value in values.items():
+            if not isinstance(value, bool | int | float | str):
+                raise UsageError(f"configuration: env.{key} is {value!r}; expected a number, a string, true or false")
+        return
     known = list(get_type_hints(Config)[section].__struct_fields__)
     for key in values:
         if key not in known:
@@ -213,6 +216,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _parse_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    return parsed["value"] if len(parsed) == 1 else text  # a line break would bring more keys

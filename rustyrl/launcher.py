@@ -7,21 +7,15 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-import threading
 import time
-from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import msgspec
-
 from rustyrl.channels import ControlServer, loopback_address
-from rustyrl.condition import meets, parse_condition
 from rustyrl.config import Config
 from rustyrl.errors import RunFailedError, UsageError
+from rustyrl.interrupts import Interrupts
+from rustyrl.judge import Candidate, Judge, goal_of
 from rustyrl.processes import Child, await_end, start_child
 from rustyrl.progress import Progress, View
 from rustyrl.run_folder import ClusterFile, RunFolder
@@ -30,25 +24,20 @@ from rustyrl.spec import EnvironmentSpec
 __all__ = ["Launcher", "default_actors"]
 
 TURN_S = 0.1  # the longest wait of the loop: signals and limits are looked at so often
-JUDGE_S = 120.0  # how long an evaluation may take after the cluster is down
-SIGNAL_REASONS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminate"}
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A version that training figures suggest may meet the goal."""
-
-    version: int
-    policy: Path
-    steps: int
-    seconds: float
 
 
 class Launcher:
     """One run from start to end."""
 
     def __init__(
-        self, config: Config, spec: EnvironmentSpec, folder: RunFolder, progress: Progress, *, resume: bool
+        self,
+        config: Config,
+        spec: EnvironmentSpec,
+        folder: RunFolder,
+        progress: Progress,
+        interrupts: Interrupts,
+        *,
+        resume: bool,
     ) -> None:
         self._config = config
         self._spec = spec
@@ -56,24 +45,19 @@ class Launcher:
         self._progress = progress
         self._resume = resume
         self._incarnation = folder.next_incarnation()
-        self._goal = goal_of(config, spec)
+        self._judge = Judge(config, goal_of(config, spec), folder.path / "logs" / "evaluate.log")
         self._started = time.monotonic()
         self._state = "starting"
         self._stop_reason: str | None = None
         self._kill_at: float | None = None
         self._failure: RunFailedError | UsageError | None = None
-        self._interrupts = 0
+        self._interrupts = interrupts
         self._learner: Child | None = None
         self._learner_peer: bytes | None = None
         self._report: dict[str, Any] = {}
         self._learner_done = False
         self._actors: list[Child] = []
         self._link = ""
-        self._candidates: deque[Candidate] = deque()
-        self._judge: tuple[Candidate, Child] | None = None
-        self._evaluation: dict[str, Any] | None = None
-        self._confirmed: Candidate | None = None
-        self._best: tuple[tuple[float, ...], int] | None = None
 
     def run(self) -> dict[str, Any]:
         """Train until goal, budget or stop; returns the summary.
@@ -84,7 +68,6 @@ class Launcher:
         """
         children: list[Child] = []
         with ControlServer(self._folder.socket_address("control")) as control:
-            restore = self._catch_signals()
             try:
                 self._start(control)
                 while not self._over():
@@ -93,12 +76,9 @@ class Launcher:
                 self._bring_down(control)
             finally:
                 children = [child for child in [self._learner, *self._actors] if child is not None]
-                if self._judge is not None:
-                    children.append(self._judge[1])
                 for child in children:
                     child.close()
-                for number, handler in restore.items():
-                    signal.signal(number, handler)
+                self._judge.close()
                 self._write_cluster(control, "failed" if self._failure else "finished")
         return self._finish()
 
@@ -181,9 +161,7 @@ class Launcher:
             case "report":
                 self._report = message
             case "candidate":
-                self._candidates.append(
-                    Candidate(message["version"], Path(message["policy"]), message["steps"], message["seconds"])
-                )
+                self._judge.add(Candidate(message["version"], Path(message["policy"])))
             case "done":
                 self._report = {**self._report, **message["figures"]}
                 self._learner_done = True
@@ -247,8 +225,8 @@ class Launcher:
         return f"; the last good checkpoint is {newest.parent}" if newest else "; there is no checkpoint yet"
 
     def _check_limits(self, control: ControlServer) -> None:
-        if self._interrupts and self._stop_reason is None:
-            self._request_stop(control, "interrupt")
+        if self._interrupts.count and self._stop_reason is None:
+            self._request_stop(control, self._interrupts.reason)
         limit_s = self._config.run.max_seconds
         if limit_s and time.monotonic() - self._started >= limit_s and self._stop_reason is None:
             self._request_stop(control, "max_seconds")
@@ -266,7 +244,7 @@ class Launcher:
             control.send(self._learner_peer, order)
 
     def _over(self) -> bool:
-        if self._failure is not None or self._interrupts > 1:
+        if self._failure is not None or self._interrupts.count > 1:
             return True
         if self._kill_at is not None and time.monotonic() > self._kill_at:
             return True
@@ -276,67 +254,40 @@ class Launcher:
     def _bring_down(self, control: ControlServer) -> None:
         """End what still runs: by goodbye, then by SIGTERM, then by SIGKILL, within the grace."""
         children = [child for child in [self._learner, *self._actors] if child is not None]
-        if self._interrupts > 1:
+        if self._interrupts.count > 1:
             return  # at once: closing kills
         if self._failure is None:
             await_end(children, time.monotonic() + self._config.cluster.stop_s * 0.15)
         for child in (left := await_end(children, time.monotonic())):
             child.signal(signal.SIGTERM)
-        await_end(left, time.monotonic() + self._config.cluster.stop_s * 0.1)
+        left = await_end(left, time.monotonic() + self._config.cluster.stop_s * 0.1)
+        if self._learner in left and self._failure is None:
+            self._progress.say("the learner did not end its update in time and is killed; the newest checkpoint stands")
         for peer, message in list(control.receive(0, [])):
             self._hear(control, peer, message)
 
-    # Judging versions
-
     def _judge_candidates(self, control: ControlServer) -> None:
-        """Evaluate candidates one at a time in update order; the first to meet the goal ends the run."""
-        if self._judge is not None:
-            candidate, child = self._judge
-            if child.running:
-                return
-            self._judge = None
-            figures = self._read_evaluation(child)
-            self._weigh(candidate, figures)
-            best = None if self._best is None else self._best[1]
-            self._order(control, {"kind": "evaluated", "version": candidate.version, "best": best})
-            if meets(self._goal, figures) and self._confirmed is None and self._failure is None:
-                self._confirmed = candidate
-                self._folder.install_policy(candidate.policy)
-                self._candidates.clear()
-                self._request_stop(control, "goal")
-        if self._candidates and self._stop_reason is None:
-            candidate = self._candidates.popleft()
-            self._judge = (candidate, self._start_evaluation(candidate.policy, candidate.version))
-
-    def _weigh(self, candidate: Candidate, figures: dict[str, Any]) -> None:
-        self._evaluation = figures
-        shortfall = tuple(c.shortfall(figures) for c in self._goal)
-        score = (-sum(shortfall), float(figures["return_mean"]))
-        if self._best is None or score > self._best[0]:
-            self._best = (score, candidate.version)
-
-    def _start_evaluation(self, policy: Path, version: int) -> Child:
-        run = self._config.run
-        config = msgspec.json.encode(self._config.env).decode()
-        arguments = ["rustyrl_actors", "evaluate", run.env, "--env-config", config, "--policy", str(policy)]
-        arguments += ["--episodes", str(run.eval_episodes), "--seed", str((run.seed << 32) + version)]
-        return start_child(
-            "evaluation", arguments, self._folder.path / "logs" / "evaluate.log", actor=True, capture=True
-        )
-
-    def _read_evaluation(self, child: Child) -> dict[str, Any]:
-        output = child.process.stdout.read() if child.process.stdout is not None else b""
-        code, tail = child.process.returncode, child.tail()
-        child.close()
-        if code:
-            self._failure = self._failure or RunFailedError(f"the evaluation ended with code {code}:\n{tail}")
-            return {"return_mean": 0.0}
-        return msgspec.json.decode(output, type=dict[str, Any])
+        """Let the judge go on; the first version to meet the goal is kept and ends the run."""
+        if self._stop_reason is not None:
+            return
+        try:
+            ended = self._judge.turn()
+        except RunFailedError as error:
+            self._failure = self._failure or error
+            return
+        if ended is None:
+            return
+        best = self._judge.best_version
+        self._order(control, {"kind": "evaluated", "version": ended.version, "best": best})
+        if self._judge.confirmed is ended:
+            self._folder.install_policy(ended.policy)
+            self._request_stop(control, "goal")
 
     # Ending
 
     def _finish(self) -> dict[str, Any]:
-        if self._confirmed is None and (newest := self._folder.newest_policy()) is not None:
+        confirmed = self._judge.confirmed
+        if confirmed is None and (newest := self._folder.newest_policy()) is not None:
             self._folder.install_policy(newest)
         if self._failure is not None:
             raise self._failure
@@ -344,7 +295,7 @@ class Launcher:
         evaluation = None
         if reason not in ("stop", "interrupt", "terminate"):
             evaluation = self._final_evaluation()
-        version = self._confirmed.version if self._confirmed else self._report.get("version", 0)
+        version = confirmed.version if confirmed else self._report.get("version", 0)
         summary = {
             "env": self._spec.env,
             "run": str(self._folder.path),
@@ -366,15 +317,7 @@ class Launcher:
         if not policy.exists():
             return None
         self._progress.say(f"evaluating the final policy over {self._config.run.eval_episodes} episodes")
-        child = self._start_evaluation(policy, 2**31)
-        try:
-            deadline = time.monotonic() + JUDGE_S
-            # A pipe holds 64 KiB, an evaluation's figures are some hundred bytes: it can end before it is read.
-            if await_end([child], deadline):
-                raise RunFailedError(f"the final evaluation took more than {JUDGE_S:.0f} s")
-            return self._read_evaluation(child)
-        finally:
-            child.close()
+        return self._judge.final(policy, give_up=lambda: self._interrupts.count > 0)
 
     # Describing
 
@@ -391,8 +334,8 @@ class Launcher:
             "actors_started": len(self._actors),
             "actors_alive": sum(pids.values()),
             "tickets": self._report.get("tickets", {}),
-            "eval": self._evaluation,
-            "goal": [str(condition) for condition in self._goal],
+            "eval": self._judge.evaluation,
+            "goal": [str(condition) for condition in self._judge.goal],
         }
 
     def _view(self) -> View:
@@ -406,7 +349,7 @@ class Launcher:
             learner=self._report,
             actors_alive=ready,
             actors_started=max(ready, self._actors_wanted),
-            evaluation=self._evaluation,
+            evaluation=self._judge.evaluation,
         )
 
     def _left(self) -> str:
@@ -417,7 +360,7 @@ class Launcher:
             estimates.append((run.total_steps - self._report.get("steps", 0)) / sps)
         if estimates:
             return f"{max(0.0, min(estimates)):.0f} s"
-        return "until " + " and ".join(str(condition) for condition in self._goal) if self._goal else "until stopped"
+        return "until " + (" and ".join(str(condition) for condition in self._judge.goal) or "stopped")
 
     def _write_cluster(self, control: ControlServer, state: str) -> None:
         self._folder.write_cluster(
@@ -431,29 +374,6 @@ class Launcher:
                 started=time.time(),
             )
         )
-
-    def _catch_signals(self) -> dict[int, Any]:
-        if threading.current_thread() is not threading.main_thread():
-            return {}  # a script that trains in a thread keeps its own handlers
-
-        def interrupted(number: int, _frame: FrameType | None) -> None:
-            self._interrupts += 1
-            self._signal = number
-
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if sys.platform != "win32":
-            numbers.append(signal.SIGHUP)
-        return {number: signal.signal(number, interrupted) for number in numbers}
-
-
-def goal_of(config: Config, spec: EnvironmentSpec) -> tuple[Any, ...]:
-    """What ends the run when an evaluation meets it: ``--stop-at``, else the world's goal unless a budget is set."""
-    run = config.run
-    if run.stop_at:
-        return tuple(parse_condition(text) for text in run.stop_at)
-    if run.total_steps or run.max_seconds:
-        return ()
-    return tuple(parse_condition(text) for text in spec.goal)
 
 
 def default_actors() -> int:

@@ -79,7 +79,10 @@ def start_child(name: str, arguments: list[str], log: Path, *, actor: bool, capt
             env={**environment, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
-    descriptor = os.pidfd_open(process.pid) if sys.platform == "linux" else -1
+    descriptor = -1
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a kernel without pidfd: its end is seen at the next turn instead
+            descriptor = os.pidfd_open(process.pid)
     return Child(name, process, log, descriptor)
 
 

@@ -23,7 +23,7 @@ try:
 except ImportError:  # not a Unix: two runs on one folder are not told apart there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["RUNS", "ClusterFile", "RunFolder", "find_run", "list_runs", "new_run_path"]
+__all__ = ["RUNS", "ClusterFile", "RunFolder", "find_run", "is_live", "list_runs", "new_run_path", "read_cluster"]
 
 RUNS = Path("runs")
 MAX_IPC_PATH = 90  # a Unix socket's path has room for 107 bytes; ours adds a name
@@ -118,7 +118,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path} is not a folder")
         if not resume and self.path.exists() and any(self.path.iterdir()):
-            if _is_live(self.path):
+            if is_live(self.path):
                 raise UsageError(f"{self.path} belongs to a run that is going on; choose another --run")
             what = "holds a run already; continue it with --resume" if ours else "is not empty and not a run"
             raise UsageError(f"{self.path} {what}, or choose another --run")
@@ -143,7 +143,7 @@ def list_runs(root: Path = RUNS) -> list[dict[str, Any]]:
         cluster = read_cluster(path.parent)
         if cluster is None:
             continue
-        live = _is_live(path.parent)
+        live = is_live(path.parent)
         state = cluster.state if live or cluster.state in ("finished", "failed", "stopped") else "killed"
         row: dict[str, Any] = {"run": str(path.parent), "env": cluster.env, "state": state, "live": live}
         row["started"] = cluster.started
@@ -167,7 +167,7 @@ def find_run(run: Path | None, *, live: bool) -> tuple[Path, ClusterFile]:
     cluster = read_cluster(run)
     if cluster is None:
         raise UsageError(f"{run} is not a run folder (it has no readable cluster.json)")
-    if live and not _is_live(run):
+    if live and not is_live(run):
         raise UsageError(f"the run {run} is over ({cluster.state})")
     return run, cluster
 
@@ -191,7 +191,7 @@ def write_atomic(path: Path, content: bytes, mode: int = 0o644) -> None:
     partial.replace(path)
 
 
-def _is_live(path: Path) -> bool:
+def is_live(path: Path) -> bool:
     """Whether a process owns the folder."""
     try:
         descriptor = os.open(path / "lock", os.O_RDWR)

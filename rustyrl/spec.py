@@ -17,7 +17,8 @@ from msgspec import Meta
 __all__ = ["ActionSpec", "ArraySpec", "EnvironmentSpec", "MetricSpec", "read_spec", "spec_to_json"]
 
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*$")]
-Shape = tuple[Annotated[int, Meta(ge=0, le=2**31)], ...]
+# Sixteen dimensions are more than any world has and fewer than numpy takes.
+Shape = Annotated[tuple[Annotated[int, Meta(ge=0, le=2**31)], ...], Meta(max_length=16)]
 DTypeName = Literal["float32", "int32", "int64", "uint8", "bool"]
 Scalar = bool | int | float | str
 

@@ -10,6 +10,7 @@ from rustyrl.condition import parse_condition
 from rustyrl.config import Config, build_config, read_config
 from rustyrl.describe import describe
 from rustyrl.errors import RunFailedError, UsageError
+from rustyrl.interrupts import Interrupts
 from rustyrl.launcher import Launcher
 from rustyrl.progress import Progress, make_progress
 from rustyrl.run_folder import RunFolder, new_run_path
@@ -49,11 +50,14 @@ def launch(
             raise UsageError(f"--stop-at {condition}: {spec.env!r} has no such figure; it has {', '.join(known)}")
     if config.run.init and not Path(config.run.init).is_file():
         raise UsageError(f"--init: there is no file {config.run.init}")
-    with RunFolder(Path(run) if run else new_run_path(config.run.env), resume=resume) as folder:
+    with (
+        Interrupts() as interrupts,
+        RunFolder(Path(run) if run else new_run_path(config.run.env), resume=resume) as folder,
+    ):
         folder.write_inputs(config, spec)
         try:
             with progress:
-                return Launcher(config, spec, folder, progress, resume=resume).run()
+                return Launcher(config, spec, folder, progress, interrupts, resume=resume).run()
         except RunFailedError as error:
             raise RunFailedError(f"{error}\nlogs are in {folder.path / 'logs'}") from None
 

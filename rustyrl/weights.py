@@ -96,7 +96,10 @@ def decode_weights(content: bytes | memoryview) -> Weights:
     for name, tensor in tensors:
         if tensor["dtype"] != "F32":
             raise WireError("weights", f"array {name!r} is {tensor['dtype']}, expected F32")
-        arrays[name] = np.frombuffer(tensor["data"], np.float32).reshape(tensor["shape"])
+        try:
+            arrays[name] = np.frombuffer(tensor["data"], np.float32).reshape(tensor["shape"])
+        except ValueError as error:  # more or larger dimensions than numpy has
+            raise WireError("weights", f"array {name!r}: {error}") from None
     weights = Weights(spec, arrays)
     _check_layout(weights)
     return weights

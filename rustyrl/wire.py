@@ -164,7 +164,7 @@ def decode_header(frame: bytes | memoryview) -> Message:
         )
     except Exception as error:  # msgpack raises a dozen kinds, ValueError to RecursionError
         raise WireError("malformed", f"not a msgpack header: {error}") from None
-    if not isinstance(content, list) or len(content) != 2:
+    if not isinstance(content, list) or len(content) != 2 or type(content[0]) is not int:
         raise WireError("malformed", "a header is [wire version, body]")
     if content[0] != WIRE_VERSION:
         raise WireError(
@@ -229,10 +229,7 @@ def decode_rollout(header: RolloutHeader, blob: memoryview) -> Rollout:
             raise WireError("truncated", f"{array.name} ends at byte {offset + count} of {len(blob)}")
         if array.name in views:
             raise WireError("malformed", f"two arrays are named {array.name!r}")
-        flat = np.frombuffer(blob[offset : offset + count], np.uint8)
-        if array.dtype == "bool" and count and flat.max() > 1:
-            raise WireError("malformed", f"{array.name} holds bytes that are neither False nor True")
-        views[array.name] = flat.view(array.dtype).reshape(array.shape)
+        views[array.name] = _view(array, blob[offset : offset + count])
         offset += aligned(count)
     if offset != len(blob):
         raise WireError("malformed", f"the arrays take {offset} bytes, the blob has {len(blob)}")
@@ -266,6 +263,16 @@ def decode_weights_message(blob: memoryview) -> Weights:
     if len(blob) > MAX_BLOB_BYTES:
         raise WireError("oversize", f"a blob of {len(blob)} bytes, at most {MAX_BLOB_BYTES}")
     return decode_weights(blob)
+
+
+def _view(array: ArraySpec, content: memoryview) -> NDArray[Any]:
+    flat = np.frombuffer(content, np.uint8)
+    if array.dtype == "bool" and len(flat) and flat.max() > 1:
+        raise WireError("malformed", f"{array.name} holds bytes that are neither False nor True")
+    try:
+        return flat.view(array.dtype).reshape(array.shape)
+    except ValueError as error:  # empty, of dimensions whose product numpy cannot count
+        raise WireError("malformed", f"{array.name}: {error}") from None
 
 
 def _fixed_arrays(rollout: Rollout) -> list[tuple[str, NDArray[Any]]]:

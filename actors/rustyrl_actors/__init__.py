@@ -3,6 +3,7 @@
 from rustyrl_actors.agent import Agent
 from rustyrl_actors.environment import Environment, StepRows, TimeStep
 from rustyrl_actors.inference import Policy
+from rustyrl_actors.processor import PolicyProcessor
 from rustyrl_actors.world import World, WorldInfo
 
-__all__ = ["Agent", "Environment", "Policy", "StepRows", "TimeStep", "World", "WorldInfo"]
+__all__ = ["Agent", "Environment", "Policy", "PolicyProcessor", "StepRows", "TimeStep", "World", "WorldInfo"]

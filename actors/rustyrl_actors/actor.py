@@ -62,6 +62,8 @@ def run_actor(address: str, index: int) -> None:
             welcome = _join(link, index, incarnation)
             fleet = _build_fleet(link, welcome, incarnation)
             _answer_tickets(link, fleet)
+        except ConnectionAbortedError:
+            log.info("the run is over")
         except TimeoutError as error:
             raise RunFailedError(f"{address}: {error}") from None
 
@@ -86,6 +88,7 @@ def _answer_tickets(link: RolloutSender, fleet: Fleet) -> None:
                     recording.sent = link.send_frames(header, blob, SEND_S).wait
             case Goodbye():
                 log.info("the run is over")
+                link.send(Goodbye(), timeout_s=1.0)
                 return
             case Refusal(reason):
                 raise RunFailedError(f"the learner refused this actor: {reason}")

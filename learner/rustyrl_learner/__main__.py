@@ -58,7 +58,7 @@ def _run(arguments: argparse.Namespace, control: ControlClient) -> int:
 def _doctor() -> int:
     import torch
 
-    found = {"version": torch.__version__, "cuda_build": torch.version.cuda or "none", "device": "cpu"}
+    found = {"version": str(torch.__version__), "cuda_build": torch.version.cuda or "none", "device": "cpu"}
     if torch.cuda.is_available():
         found["device"] = torch.cuda.get_device_name()
     found["threads"] = str(torch.get_num_threads())

@@ -2,8 +2,8 @@
 
 A checkpoint is a folder named by its policy version. ``policy.safetensors`` is the policy as actors and games
 read it; ``learner.safetensors`` holds the networks, the optimiser's moments, the normaliser and the state of the
-shuffles; ``manifest.json`` names the checksum of both and the counters. The folder is written under another name,
-synced and renamed.
+shuffles; ``manifest.json`` names the checksum of both and the counters; ``manifest.sha256`` is its own. The folder is
+written under another name, synced and renamed.
 """
 
 from __future__ import annotations
@@ -56,10 +56,15 @@ def save(
     fingerprint: str,
     incarnation: int,
 ) -> Path:
-    """Write one checkpoint into ``folder``; returns its path. Existing ones of this version stay as they are."""
+    """Write one checkpoint into ``folder``; returns its path. A whole one of this version stays as it is."""
     target = folder / f"{counters.policy_version:09d}"
     if target.exists():
-        return target
+        try:
+            _read(target)
+        except (OSError, ValueError):
+            shutil.rmtree(target)  # damaged: training went back behind it and has come here again
+        else:
+            return target
     files = {
         "policy.safetensors": policy,
         "learner.safetensors": save_tensors({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}),
@@ -68,6 +73,7 @@ def save(
         counters, fingerprint, incarnation, {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     )
     files["manifest.json"] = msgspec.json.encode(manifest)
+    files["manifest.sha256"] = hashlib.sha256(files["manifest.json"]).hexdigest().encode()
     partial = folder / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -96,14 +102,9 @@ def load_newest(folder: Path, fingerprint: str) -> tuple[Manifest, dict[str, Ten
     found = list_checkpoints(folder)
     for path in reversed(found):
         try:
-            manifest = msgspec.json.decode((path / "manifest.json").read_bytes(), type=Manifest)
-            data = {name: (path / name).read_bytes() for name in manifest.sha256}
-        except (OSError, msgspec.DecodeError) as error:
+            manifest, data = _read(path)
+        except (OSError, ValueError) as error:
             log.warning("checkpoint %s is not whole (%s), trying the one before", path, error)
-            continue
-        broken = [n for n, content in data.items() if hashlib.sha256(content).hexdigest() != manifest.sha256[n]]
-        if broken or "learner.safetensors" not in data:
-            log.warning("checkpoint %s is damaged (%s), trying the one before", path, ", ".join(broken) or "files")
             continue
         if manifest.fingerprint != fingerprint:
             raise RunFailedError(
@@ -141,6 +142,19 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
             _, index, name = key.split(".")
             content["state"].setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict(content)
+
+
+def _read(path: Path) -> tuple[Manifest, dict[str, bytes]]:
+    """The manifest and files of a checkpoint; raises `OSError` or `ValueError` if it is not as it was written."""
+    content = (path / "manifest.json").read_bytes()
+    if hashlib.sha256(content).hexdigest().encode() != (path / "manifest.sha256").read_bytes():
+        raise ValueError("manifest.json is damaged")
+    manifest = msgspec.json.decode(content, type=Manifest)
+    data = {name: (path / name).read_bytes() for name in manifest.sha256}
+    broken = [name for name, digest in manifest.sha256.items() if hashlib.sha256(data[name]).hexdigest() != digest]
+    if broken:
+        raise ValueError(f"{', '.join(broken)} is damaged")
+    return manifest, data
 
 
 def _sync_folder(folder: Path) -> None:

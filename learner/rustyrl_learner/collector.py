@@ -37,6 +37,7 @@ __all__ = ["Collector"]
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
+GOODBYE_S = 1.0  # for actors to finish their unroll and hear that the run is over
 
 
 @dataclass(slots=True)
@@ -146,12 +147,22 @@ class Collector:
                 self._check_start(deadline)
                 self._issue_tickets()
                 self._snapshot = self._describe()
-            for peer in self._actors:
-                self._receiver.send(peer, Goodbye())
-        except BaseException as error:
-            for peer in self._actors:
-                self._receiver.send(peer, Goodbye())
+            self._say_goodbye()
+        except BaseException as error:  # it is raised again in the training thread
+            self._say_goodbye()
             self._complete.put(error)
+
+    def _say_goodbye(self) -> None:
+        """Tell every actor that the run is over and wait a little until they have heard it.
+
+        What an actor has not read when the connection closes is lost to it.
+        """
+        waiting = {peer for peer in self._actors if self._receiver.send(peer, Goodbye())}
+        deadline = time.monotonic() + GOODBYE_S
+        while waiting and time.monotonic() < deadline:
+            for received in self._receiver.receive(GOODBYE_S / 20):
+                if isinstance(received.message, Goodbye):
+                    waiting.discard(received.peer)
 
     def _handle(self, received: Received) -> None:
         actor = self._actors.get(received.peer)

@@ -64,12 +64,16 @@ def _check_ends(rollout: Rollout, spec: EnvironmentSpec, slots: int) -> None:
     cut = np.argwhere(rollout.truncated)
     if final.shape != cut.shape or not np.array_equal(final[np.lexsort(final.T[::-1])], cut):
         raise WireError("final", f"final_index names {len(final)} steps, truncated flags are set at {len(cut)} others")
+    if rollout.final_observation.keys() != {array.name for array in spec.observation}:
+        raise WireError(
+            "final", f"final observations {sorted(rollout.final_observation)}, not those of the environment"
+        )
     for array in spec.observation:
-        seen = rollout.final_observation.get(array.name)
-        if seen is None or seen.shape != (len(final), *array.shape) or seen.dtype != array.dtype:
+        seen = rollout.final_observation[array.name]
+        if seen.shape != (len(final), *array.shape) or seen.dtype != array.dtype:
             raise WireError("final", f"final_observation.{array.name} is not {array.dtype} of {len(final)} rows")
     episodes = rollout.episodes
-    count = len(episodes.slot)
+    count = episodes.slot.size
     columns = [episodes.slot, episodes.episode_return, episodes.length, *episodes.metrics.values()]
     if any(column.shape != (count,) for column in columns) or set(episodes.metrics) != set(spec.episode_metrics):
         raise WireError("episodes", "the columns of the ended episodes do not agree")

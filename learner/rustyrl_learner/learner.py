@@ -217,8 +217,7 @@ class Learner:
         if version % run.eval_every == 0 and self._near_goal():
             path = self._save_checkpoint()
             self._candidates.append(version)
-            message = {"kind": "candidate", "version": version, "policy": str(path / "policy.safetensors")}
-            self._control.send({**message, "steps": self._counters.steps, "seconds": self._counters.seconds})
+            self._control.send({"kind": "candidate", "version": version, "policy": str(path / "policy.safetensors")})
         elif version % run.checkpoint_every == 0:
             self._save_checkpoint()
         self._report()

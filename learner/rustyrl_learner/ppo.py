@@ -197,7 +197,7 @@ def _optimizer_step(
 
 
 def _check_finite(network: ActorCritic, norm: Tensor, policy: Tensor, critic: Tensor, entropy: Tensor) -> None:
-    if torch.isfinite(norm):
+    if torch.isfinite(norm + policy + critic + entropy):  # a clipped row hides its loss from the gradients
         return
     for name, loss in (("policy loss", policy), ("value loss", critic), ("entropy", entropy)):
         if not torch.isfinite(loss):

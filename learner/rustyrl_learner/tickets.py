@@ -168,7 +168,7 @@ def assign_worlds(worlds: int, owned: dict[int, list[int]]) -> dict[int, list[in
     """
     indices = sorted(owned)
     base, extra = divmod(worlds, len(indices))
-    larger = sorted(indices, key=lambda index: (len(owned[index]) <= base, index))[:extra]
+    larger = set(sorted(indices, key=lambda index: (len(owned[index]) <= base, index))[:extra])
     share = {index: base + (index in larger) for index in indices}
     kept = {index: sorted(owned[index])[: share[index]] for index in indices}
     taken = {world for worlds_kept in kept.values() for world in worlds_kept}

@@ -120,7 +120,7 @@ def fly(body: Body, rotors: Rotors, command_n: Floats, dt_s: float, parameters: 
 
     First-order rotor lag (exact for a constant command), then Newton's and Euler's equations with
     semi-implicit Euler: new velocities move the position, and each component of the spin is advanced with the
-    newest others, which keeps torque-free rotation from gaining energy.
+    newest others, which keeps the torque-free rotation of an airframe with equal x and y inertias from gaining energy.
 
     Args:
         body: the state, changed in place.

@@ -1,0 +1,25 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from clusters import Cluster
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+    """Start ``rustyrl VERB ... --run DIR``; everything is killed after the test."""
+    clusters: list[Cluster] = []
+
+    def begin(*arguments: str, run: Path | None = None) -> Cluster:
+        run = run or tmp_path / f"run{len(clusters)}"
+        cluster = Cluster(run, [*arguments, "--run", str(run)], tmp_path)
+        clusters.append(cluster)
+        return cluster
+
+    yield begin
+    for cluster in clusters:
+        cluster.kill()

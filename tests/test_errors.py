@@ -1,0 +1,160 @@
+"""Bad input and bad worlds: what was expected, what came, what to do, and the right exit code."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from clusters import SMALL, WORLDS, poll, rustyrl
+
+COUNTING = f"{WORLDS}/counting.py:Counting"
+USAGE = [
+    (["train", "dron"], "did you mean 'drone'"),
+    (["train"], "rustyrl envs"),
+    (["train", "no_such_module:World"], "no module 'no_such_module'"),
+    (["train", "no_such_file.py:World"], "there is no file"),
+    (["train", f"{WORLDS}/counting.py:Countin"], "did you mean 'Counting'"),
+    (["train", "drone", "--set", "ppo.gama=0.9"], "did you mean 'gamma'"),
+    (["train", "drone", "--set", "pop.gamma=0.9"], "did you mean 'ppo'"),
+    (["train", "drone", "--set", "ppo.gamma=1.5"], "<= 1"),
+    (["train", "drone", "--set", "ppo.gamma=high"], "Expected `float`"),
+    (["train", "drone", "--set", "gamma"], "SECTION.KEY=VALUE"),
+    (["train", "drone", "--set", "env.masskg=1"], "did you mean 'mass_kg'"),
+    (["train", "drone", "--set", "env.mass_kg=-1"], "> 0"),
+    (["train", "drone", "--set", "env.slots=0"], "positive number of agents"),
+    (["train", "drone", "--stop-at", "sucess_rate>=1"], "success_rate"),
+    (["train", "drone", "--stop-at", "success_rate>1"], "METRIC>=VALUE"),
+    (["train", "drone", "--config", "nowhere.toml"], "cannot read"),
+    (["train", "drone", "--init", "nowhere.safetensors"], "there is no file"),
+    (["train", "drone", "--device", "tpu"], "Invalid enum value 'tpu'"),
+    (["train", "cartpole", "--set", "ppo.schedule=linear"], "needs run.total_steps"),
+    (["train", "cartpole", "--listen", "tcp://0.0.0.0:5555"], "only loopback"),
+    (["train", "--resume", "--run", "nowhere"], "holds no run to resume"),
+    (["train", "drone", "--actors", "many"], "--actors"),
+    (["actor", "--join", "nowhere"], "expected ipc://PATH or tcp://"),
+    (["status", "--run", "nowhere"], "is not a run folder"),
+    (["eval", "policy.safetensors"], "add --env"),
+    (["stop"], "no run is going on"),
+    (["trian"], "No such command"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), USAGE, ids=[" ".join(a)[-40:] for a, _ in USAGE])
+def test_bad_use_says_what_to_do_and_exits_with_2(arguments, said, tmp_path):
+    code, out, err = rustyrl(*arguments, cwd=tmp_path)
+    assert code == 2, (out, err)
+    assert said in err.replace("\n", " ")
+    assert "Traceback" not in err
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").glob("*/checkpoints"))
+
+
+def test_missing_torch_names_the_extra(tmp_path):
+    code = "import sys; sys.modules['torch'] = None; from rustyrl.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "cartpole"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 2
+    assert "pip install 'rustyrl[learner]'" in done.stderr
+
+
+def test_cuda_asked_for_and_absent_says_so(tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    code, _, err = rustyrl("train", "cartpole", "--device", "cuda", cwd=tmp_path)
+    assert code == 2
+    assert "torch sees no CUDA device" in err
+
+
+def test_a_port_in_use_says_so(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, err = rustyrl("train", "cartpole", "--listen", f"tcp://127.0.0.1:{port}", cwd=tmp_path)
+    assert code == 2
+    assert f"tcp://127.0.0.1:{port} is in use" in err
+
+
+def test_a_foreign_folder_is_not_written_to(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    code, _, err = rustyrl("train", "cartpole", "--run", "mine", cwd=tmp_path)
+    assert code == 2
+    assert "is not empty and not a run" in err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_an_unwritable_folder_says_so(tmp_path):
+    if os.geteuid() == 0:
+        target = "/proc/rustyrl"  # root may write everywhere else
+    else:
+        (tmp_path / "closed").mkdir(mode=0o500)
+        target = str(tmp_path / "closed" / "run")
+    code, _, err = rustyrl("train", "cartpole", "--run", target, cwd=tmp_path)
+    assert code == 2
+    assert "cannot write to the run folder" in err
+
+
+def test_two_runs_cannot_share_a_folder(start):
+    first = start("train", "cartpole", "--actors", "1", "--total-steps", "100000000", *SMALL)
+    poll(lambda: (first.run / "cluster.json").exists(), "the first run")
+    for extra in ([], ["--resume"]):
+        code, _, err = rustyrl("train", "cartpole", *extra, "--run", str(first.run))
+        assert code == 2
+        assert "belongs to a run that is going on" in err
+
+
+def test_a_world_that_raises_ends_with_its_own_traceback(start):
+    cluster = start("train", COUNTING, "--actors", "2", "--total-steps", "100000", "--set", "env.raise_at=20", *SMALL)
+    code, _, err = cluster.wait()
+    assert code == 1
+    assert "ZeroDivisionError: the world of the test fell over" in err
+    assert 'counting.py", line' in err
+    assert "in step" in err
+    assert "no actor is left" in err
+    cluster.assert_gone()
+
+
+def test_nan_from_a_world_names_world_slot_and_step(start):
+    cluster = start(
+        "train", COUNTING, "--actors", "2", "--total-steps", "100000", *SMALL,
+        "--set", "env.nan_at=100", "--set", "run.checkpoint_every=1",
+    )  # fmt: skip
+    code, _, err = cluster.wait()
+    assert code == 1
+    assert "slot 3, step 3 of batch 6: reward holds nan" in err  # tick 100 of 16-step batches, counted from 0
+    assert "last good checkpoint is" in err
+    cluster.assert_gone()
+
+
+def test_nan_in_a_loss_stops_the_run_and_names_the_last_good_checkpoint(start):
+    cluster = start(
+        "train", COUNTING, "--actors", "1", "--total-steps", "1000000", *SMALL, "--set", "run.checkpoint_every=1",
+        "--set", "ppo.learning_rate=1e30", "--set", "ppo.schedule=constant", "--set", "ppo.max_gradient_norm=1e30",
+    )  # fmt: skip
+    code, _, err = cluster.wait()
+    assert code == 1
+    assert "not finite" in err or "loss is" in err or "holds" in err
+    assert "last good checkpoint is" in err
+    cluster.assert_gone()
+
+
+def test_a_damaged_newest_checkpoint_is_skipped_on_resume(start):
+    first = start(
+        "train", "cartpole", "--actors", "1", "--total-steps", "1500", *SMALL,
+        "--set", "run.checkpoint_every=2", "--set", "run.eval_episodes=5",
+    )  # fmt: skip
+    assert first.wait()[0] == 0
+    newest = max((first.run / "checkpoints").iterdir())
+    blob = bytearray((newest / "learner.safetensors").read_bytes())
+    blob[len(blob) // 2] ^= 1
+    (newest / "learner.safetensors").write_bytes(bytes(blob))
+    again = start("train", "--resume", "--total-steps", "3000", run=first.run)
+    assert again.wait()[0] == 0
+    log = (first.run / "logs" / "learner.log").read_text()
+    assert f"{newest.name} " in log
+    assert "trying the one before" in log
+    assert again.rows()[-1]["steps"] >= 3000

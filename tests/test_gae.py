@@ -1,0 +1,239 @@
+"""Stop 7: what a step's future is worth, and generalized advantage estimation, against slow literal twins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rustyrl_learner.gae import gae, next_values
+
+SEEDS = range(12)
+DISCOUNTS = [(0.99, 0.95), (0.9, 0.5), (1.0, 1.0), (0.97, 0.0), (0.0, 0.9)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@dataclass
+class Steps:
+    """Random steps that keep the contract: a slot empties only after an end."""
+
+    reward: Tensor
+    value: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    valid: Tensor
+    final_index: Tensor
+    final_value: Tensor
+
+    @property
+    def ended(self) -> Tensor:
+        return self.terminated | self.truncated
+
+    def future(self) -> Tensor:
+        return next_values(self.value, self.terminated, self.truncated, self.final_index, self.final_value)
+
+    def advantage(self, gamma: float, gae_lambda: float) -> Tensor:
+        return gae(self.reward, self.value[:-1], self.future(), self.ended, self.valid, gamma, gae_lambda)
+
+
+def random_steps(seed: int) -> Steps:
+    """Mixes of terminated, truncated, both, empty rows, and columns that are cut by the end of the rollout."""
+    rng = np.random.default_rng(seed)
+    steps, slots = int(rng.integers(1, 14)), int(rng.integers(1, 6))
+    terminated, truncated, valid = (np.zeros((steps, slots), bool) for _ in range(3))
+    for b in range(slots):
+        alive = rng.random() < 0.8
+        for t in range(steps):
+            if not alive:
+                alive = rng.random() < 0.4
+                continue
+            valid[t, b] = True
+            terminated[t, b] = rng.random() < 0.15
+            truncated[t, b] = rng.random() < 0.15
+            if terminated[t, b] or truncated[t, b]:
+                alive = rng.random() < 0.6
+    final_index = rng.permutation(np.argwhere(truncated))  # in any order
+    return Steps(
+        reward=torch.from_numpy(rng.standard_normal((steps, slots)).astype(np.float32)),
+        value=torch.from_numpy(rng.standard_normal((steps + 1, slots)).astype(np.float32)),
+        terminated=torch.from_numpy(terminated),
+        truncated=torch.from_numpy(truncated),
+        valid=torch.from_numpy(valid),
+        final_index=torch.from_numpy(final_index.reshape(-1, 2).astype(np.int64)),
+        final_value=torch.from_numpy(rng.standard_normal(len(final_index)).astype(np.float32)),
+    )
+
+
+def literal_next_value(steps: Steps, t: int, b: int) -> float:
+    if steps.terminated[t, b]:
+        return 0.0
+    if steps.truncated[t, b]:
+        (row,) = [k for k, (i, j) in enumerate(steps.final_index.tolist()) if (i, j) == (t, b)]
+        return steps.final_value[row].item()
+    return steps.value[t + 1, b].item()
+
+
+def literal_advantage(steps: Steps, t: int, b: int, gamma: float, gae_lambda: float) -> float:
+    """Equation 16 of the paper as it stands: a discounted sum of one-step errors to the end of the episode."""
+    total, weight = 0.0, 1.0
+    if not steps.valid[t, b]:
+        return total
+    for later in range(t, steps.reward.shape[0]):
+        future = literal_next_value(steps, later, b)
+        total += weight * (steps.reward[later, b].item() + gamma * future - steps.value[later, b].item())
+        weight *= gamma * gae_lambda
+        if steps.terminated[later, b] or steps.truncated[later, b]:
+            break
+    return total
+
+
+def test_random_steps_cover_every_kind_of_end() -> None:
+    kinds = [random_steps(seed) for seed in SEEDS]
+    assert any((s.terminated & s.truncated).any() for s in kinds)
+    assert any((s.terminated & ~s.truncated).any() for s in kinds)
+    assert any((s.truncated & ~s.terminated).any() for s in kinds)
+    assert any((~s.valid).any() for s in kinds)
+    assert any((s.valid[-1] & ~s.ended[-1]).any() for s in kinds)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_next_values_equal_the_literal_twin(seed: int) -> None:
+    steps = random_steps(seed)
+    future = steps.future()
+    assert future.shape == steps.reward.shape
+    for t, b in np.ndindex(*steps.reward.shape):
+        assert future[t, b].item() == literal_next_value(steps, t, b)
+
+
+@pytest.mark.parametrize(("gamma", "gae_lambda"), DISCOUNTS)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_advantages_equal_the_literal_twin(seed: int, gamma: float, gae_lambda: float) -> None:
+    steps = random_steps(seed)
+    advantage = steps.advantage(gamma, gae_lambda)
+    for t, b in np.ndindex(*steps.reward.shape):
+        expected = literal_advantage(steps, t, b, gamma, gae_lambda)
+        assert advantage[t, b].item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -1e30])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_numbers_of_rows_without_an_agent_change_nothing(seed: int, garbage: float) -> None:
+    steps = random_steps(seed)
+    before = steps.advantage(0.99, 0.95)
+    empty = ~steps.valid
+    steps.reward[empty] = garbage
+    steps.value[:-1][empty] = garbage
+    # The bootstrap row of a slot that is empty, or has just ended, is not read either.
+    steps.value[-1][empty[-1] | steps.ended[-1]] = garbage
+    after = steps.advantage(0.99, 0.95)
+    assert torch.equal(after, before)
+    assert (after[empty] == 0).all()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_value_of_the_row_after_an_end_does_not_reach_back(seed: int) -> None:
+    steps = random_steps(seed)
+    expected = steps.future()
+    scrambled = steps.value.clone()
+    scrambled[1:][steps.ended] = math.nan
+    future = next_values(scrambled, steps.terminated, steps.truncated, steps.final_index, steps.final_value)
+    assert torch.equal(future, expected)
+
+
+def test_next_values_leave_their_arguments_as_they_are() -> None:
+    steps = random_steps(3)
+    value, final_value = steps.value.clone(), steps.final_value.clone()
+    steps.future()
+    assert torch.equal(steps.value, value)
+    assert torch.equal(steps.final_value, final_value)
+
+
+def one_slot(reward: list[float], value: list[float], end: str | None = None, final_value: float = 7.0) -> Steps:
+    """One slot in which the middle of three steps ends, or none does."""
+    flags = torch.tensor([[False], [True], [False]])
+    truncated = end in ("truncated", "both")
+    return Steps(
+        reward=torch.tensor(reward)[:, None],
+        value=torch.tensor(value)[:, None],
+        terminated=flags if end in ("terminated", "both") else torch.zeros_like(flags),
+        truncated=flags if truncated else torch.zeros_like(flags),
+        valid=torch.ones_like(flags),
+        final_index=torch.tensor([[1, 0]]) if truncated else torch.empty((0, 2), dtype=torch.int64),
+        final_value=torch.tensor([final_value]) if truncated else torch.empty(0),
+    )
+
+
+def test_truncated_step_bootstraps_from_final_observation() -> None:
+    steps = one_slot([1.0, 2.0, 3.0], [10.0, 20.0, 30.0, 40.0], "truncated", final_value=7.0)
+    assert steps.future().tolist() == [[20.0], [7.0], [40.0]]
+    # gamma 0.5, lambda 1: 3 + 20 - 30 | 2 + 3.5 - 20 | 1 + 10 - 10 + 0.5 * (-14.5)
+    assert steps.advantage(0.5, 1.0).tolist() == [[-6.25], [-14.5], [-7.0]]
+
+
+def test_terminated_step_has_no_future() -> None:
+    steps = one_slot([1.0, 2.0, 3.0], [10.0, 20.0, 30.0, 40.0], "terminated")
+    assert steps.future().tolist() == [[20.0], [0.0], [40.0]]
+    assert steps.advantage(0.5, 1.0).tolist() == [[-8.0], [-18.0], [-7.0]]
+
+
+def test_terminated_wins_where_both_flags_are_set() -> None:
+    both = one_slot([1.0, 2.0, 3.0], [10.0, 20.0, 30.0, 40.0], "both")
+    alone = one_slot([1.0, 2.0, 3.0], [10.0, 20.0, 30.0, 40.0], "terminated")
+    assert torch.equal(both.future(), alone.future())
+    assert torch.equal(both.advantage(0.9, 0.9), alone.advantage(0.9, 0.9))
+
+
+def test_lambda_1_gives_discounted_returns() -> None:
+    steps = one_slot([1.0, 2.0, 4.0], [0.3, -0.7, 0.2, 8.0])
+    target = steps.advantage(0.5, 1.0) + steps.value[:-1]
+    returns = [1 + 0.5 * 2 + 0.25 * 4 + 0.125 * 8, 2 + 0.5 * 4 + 0.25 * 8, 4 + 0.5 * 8]
+    torch.testing.assert_close(target, torch.tensor(returns)[:, None])
+
+
+def test_lambda_0_gives_the_one_step_error() -> None:
+    steps = one_slot([1.0, 2.0, 4.0], [0.3, -0.7, 0.2, 8.0])
+    expected = steps.reward + 0.5 * steps.value[1:] - steps.value[:-1]
+    torch.testing.assert_close(steps.advantage(0.5, 0.0), expected)
+
+
+@pytest.mark.parametrize("argument", range(5))
+def test_gae_refuses_arrays_of_other_shapes(argument: int) -> None:
+    number, flag = torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.bool)
+    arrays = [number, number, number, flag, flag]
+    gae(*arrays, 0.9, 0.9)
+    arrays[argument] = arrays[argument][:, :1]  # would broadcast
+    with pytest.raises(ValueError, match=r"\(3, 1\)"):
+        gae(*arrays, 0.9, 0.9)
+
+
+def test_gae_refuses_arrays_that_are_not_time_by_slots() -> None:
+    number, flag = torch.zeros(3), torch.zeros(3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"\[T, B\]"):
+        gae(number, number, number, flag, flag, 0.9, 0.9)
+
+
+@pytest.mark.parametrize("rows", [3, 5])
+def test_next_values_refuse_values_without_a_bootstrap_row(rows: int) -> None:
+    flag = torch.zeros(3, 2, dtype=torch.bool)
+    none = torch.empty((0, 2), dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"\[T\+1, B\]"):
+        next_values(torch.zeros(rows, 2), flag, flag, none, torch.empty(0))
+
+
+def test_next_values_refuse_flags_of_two_shapes() -> None:
+    flag = torch.zeros(3, 2, dtype=torch.bool)
+    none = torch.empty((0, 2), dtype=torch.int64)
+    with pytest.raises(ValueError, match="flags"):
+        next_values(torch.zeros(4, 2), flag, flag[:, :1], none, torch.empty(0))

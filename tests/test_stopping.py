@@ -1,0 +1,107 @@
+"""However a run ends, everything is down in time, nothing is left, and the exit code says how."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import pytest
+from clusters import SMALL, poll, rustyrl
+
+ENDLESS = ("train", "cartpole", "--actors", "2", "--total-steps", "1000000000", *SMALL)
+GRACE_S = 5.0
+SLACK_S = 3.0  # for this machine to schedule what the grace does not cover: interpreter start and exit
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_after_a_last_checkpoint(start, number, expected):
+    cluster = start(*ENDLESS)
+    cluster.await_version(3)
+    cluster.process.send_signal(number)
+    started = time.monotonic()
+    code, _, err = cluster.wait()
+    assert code == expected, err
+    assert time.monotonic() - started < GRACE_S + SLACK_S
+    cluster.assert_gone()
+    last = cluster.rows()[-1]["policy_version"]
+    assert (cluster.run / "checkpoints" / f"{last:09d}").exists()
+    assert (cluster.run / "policy.safetensors").exists()
+
+
+def test_a_second_interrupt_ends_the_run_at_once(start):
+    cluster = start(*ENDLESS, "--set", "batch.unroll_length=4096", "--set", "cluster.stop_s=60")
+    poll(lambda: cluster.children("rustyrl_learner") and (cluster.run / "cluster.json").exists(), "a learner")
+    poll(lambda: b'"running"' in (cluster.run / "cluster.json").read_bytes(), "running")
+
+    def insist() -> bool:  # two signals of a kind that are sent together may arrive as one
+        cluster.process.send_signal(signal.SIGINT)
+        return cluster.process.poll() is not None
+
+    poll(insist, "the end")
+    assert cluster.wait()[0] in (130, -signal.SIGINT)  # the latter if one hits the interpreter on its way out
+    assert not list(cluster.run.glob("checkpoints/*"))  # nobody was asked to save anything
+    cluster.assert_gone()
+
+
+def test_the_stop_verb_ends_the_run_with_code_0(start):
+    cluster = start(*ENDLESS)
+    cluster.await_version(2)
+    code, out, err = rustyrl("stop", "--run", str(cluster.run), "--json")
+    assert code == 0, err
+    assert '"stopped":true' in out
+    code, _, err = cluster.wait()
+    assert code == 0, err
+    cluster.assert_gone()
+    code, _, err = rustyrl("stop", "--run", str(cluster.run))
+    assert code == 2
+    assert "is over" in err
+
+
+def test_stopping_before_the_learner_is_up_leaves_nothing(start):
+    cluster = start(*ENDLESS)
+    poll(lambda: cluster.children("rustyrl_learner"), "a learner process")
+    cluster.process.send_signal(signal.SIGINT)
+    assert cluster.wait()[0] == 130
+    cluster.assert_gone()
+
+
+def test_nothing_survives_a_killed_launcher(start):
+    cluster = start(*ENDLESS)
+    cluster.await_version(2)
+    cluster.process.kill()
+    cluster.process.wait(10)
+    poll(lambda: not cluster.orphans(), "no orphans", 10.0)
+    again = start("train", "--resume", "--set", "run.eval_episodes=5", "--total-steps", "1", run=cluster.run)
+    code, _, err = again.wait()  # the folder is free again, its stale sockets are no obstacle
+    assert code == 0, err
+
+
+def test_a_dead_actor_is_shown_and_the_run_goes_on_with_the_rest(start):
+    cluster = start(*ENDLESS, "--json")
+    cluster.await_version(2)
+    victim = cluster.children("rustyrl_actors")[0]
+    victim.kill()
+    version = cluster.rows()[-1]["policy_version"]
+    cluster.await_version(version + 5)
+    code, out, _ = rustyrl("status", "--run", str(cluster.run), "--json")
+    assert code == 0
+    assert f'"pid":{victim.pid},' not in out
+    cluster.process.send_signal(signal.SIGTERM)
+    _, out, err = cluster.wait()
+    assert "ended with code -9" in err
+    tickets = json.loads(out)["tickets"]
+    assert tickets["lost"] >= 1
+    rejected = sum(tickets["rejected"].values())
+    assert tickets["issued"] == tickets["trained"] + rejected + tickets["lost"] + tickets["outstanding"]
+    cluster.assert_gone()
+
+
+def test_a_dead_learner_ends_the_run_with_the_cause(start):
+    cluster = start(*ENDLESS)
+    cluster.await_version(2)
+    cluster.children("rustyrl_learner")[0].kill()
+    code, _, err = cluster.wait()
+    assert code == 1
+    assert "the learner ended with code -9" in err
+    cluster.assert_gone()

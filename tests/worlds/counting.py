@@ -1,0 +1,78 @@
+"""A world whose numbers can be known, and that misbehaves on request: by an error, a NaN, or by being slow."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+
+import esper
+import gymnasium
+import msgspec
+import numpy as np
+
+from rustyrl_actors.agent import Agent
+from rustyrl_actors.world import WorldInfo
+
+
+class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    raise_at: int = 0
+    nan_at: int = 0
+    sleep_ms: float = 0.0
+
+
+class CountingProcessor(esper.Processor):
+    def __init__(self, world: Counting) -> None:
+        self._world = world
+        self._clock = random.Random(os.getpid())  # delays are to differ from process to process
+
+    def process(self) -> None:
+        world, parameters = self._world, self._world.parameters
+        world.ticks += 1
+        if parameters.sleep_ms:
+            time.sleep(self._clock.random() * parameters.sleep_ms / 1000)
+        if world.ticks == parameters.raise_at:
+            raise ZeroDivisionError("the world of the test fell over")
+        world.position += np.clip(world.agent.action[:, 0], -1, 1) * 0.1
+        world.agent.reward[:] = 1 - np.abs(world.position - world.target)
+        if world.ticks == parameters.nan_at:
+            world.agent.reward[-1] = np.nan
+
+
+class Counting:
+    """Go to a number on a line."""
+
+    name = "counting"
+    default_slots = 4
+    Parameters = Parameters
+
+    def __init__(self, slots: int, parameters: Parameters) -> None:
+        self.info = WorldInfo(
+            observation_space=gymnasium.spaces.Dict(
+                {
+                    "position": gymnasium.spaces.Box(-10, 10, (1,), np.float32),
+                    "target": gymnasium.spaces.Box(-10, 10, (1,), np.float32),
+                }
+            ),
+            action_space=gymnasium.spaces.Box(-1, 1, (1,), np.float32),
+            step_s=0.1,
+            max_episode_steps=25,
+        )
+        self.parameters = parameters
+        self.ticks = 0
+        self.position = np.zeros(slots, np.float32)
+        self.target = np.zeros(slots, np.float32)
+        self.agent = Agent()
+
+    def build(self) -> Agent:
+        esper.create_entity(self.agent)
+        esper.add_processor(CountingProcessor(self))
+        return self.agent
+
+    def reset(self, rows: np.ndarray, rng: np.random.Generator) -> None:
+        self.position[rows] = rng.uniform(-1, 1, len(rows))
+        self.target[rows] = rng.uniform(-1, 1, len(rows))
+
+    def observe(self, rows: np.ndarray | slice) -> None:
+        self.agent.observation["position"][rows, 0] = self.position[rows]
+        self.agent.observation["target"][rows, 0] = self.target[rows]
