@@ -199,7 +199,9 @@ def _check_names(section: str, values: Mapping[str, Any]) -> None:
     if section == "env":  # what a world declares is checked by its own process, which alone may import it
         for key, value in values.items():
             if not isinstance(value, bool | int | float | str):
-                raise UsageError(f"configuration: env.{key} is {value!r}; expected a number, a string, true or false")
+                raise UsageError(
+                    f"configuration: expected a number, a string, true or false, got {value!r} - at `env.{key}`"
+                )
         return
     known = list(get_type_hints(Config)[section].__struct_fields__)
     for key in values:

@@ -13,6 +13,8 @@ from typing import Any
 import msgspec
 import psutil
 
+from rustyrl.processes import available_cores
+
 try:
     import resource
 except ImportError:  # Windows has no such limits
@@ -40,7 +42,6 @@ def examine() -> dict[str, Any]:
     torch = _ask_torch() if not missing else {}
     if torch.get("error"):
         problems.append(f"torch does not import: {torch['error']}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else -1
     if 0 <= descriptors < MIN_DESCRIPTORS:
         problems.append(f"only {descriptors} files may be open, large clusters need more: ulimit -n {MIN_DESCRIPTORS}")
@@ -56,7 +57,7 @@ def examine() -> dict[str, Any]:
         "packages": packages,
         "torch": torch,
         "device": torch.get("device", "none"),
-        "cores": cores,
+        "cores": available_cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "memory_free_gib": round(psutil.virtual_memory().available / 2**30, 1),
         "disk_free_gib": round(free_disk / 2**30, 1),

@@ -16,7 +16,7 @@ from rustyrl.config import Config
 from rustyrl.errors import RunFailedError, UsageError
 from rustyrl.interrupts import Interrupts
 from rustyrl.judge import Candidate, Judge, goal_of
-from rustyrl.processes import Child, await_end, start_child
+from rustyrl.processes import Child, available_cores, await_end, start_child
 from rustyrl.progress import Progress, View
 from rustyrl.run_folder import ClusterFile, RunFolder
 from rustyrl.spec import EnvironmentSpec
@@ -57,6 +57,7 @@ class Launcher:
         self._report: dict[str, Any] = {}
         self._learner_done = False
         self._actors: list[Child] = []
+        self._actors_wanted = default_actors() if config.cluster.actors < 0 else config.cluster.actors
         self._link = ""
 
     def run(self) -> dict[str, Any]:
@@ -66,31 +67,32 @@ class Launcher:
             UsageError: what was asked for cannot be had (a port in use, CUDA absent, ...).
             RunFailedError: the run ended badly, with the cause.
         """
-        children: list[Child] = []
         with ControlServer(self._folder.socket_address("control")) as control:
+            ended = "failed"
             try:
                 self._start(control)
                 while not self._over():
                     self._turn(control)
                 self._state = "stopping"
                 self._bring_down(control)
+                ended = "failed" if self._failure else "finished"
             finally:
-                children = [child for child in [self._learner, *self._actors] if child is not None]
-                for child in children:
+                for child in self._children():
                     child.close()
                 self._judge.close()
-                self._write_cluster(control, "failed" if self._failure else "finished")
+                self._write_cluster(control, ended)
         return self._finish()
+
+    def _children(self) -> list[Child]:
+        return self._actors if self._learner is None else [self._learner, *self._actors]
 
     # Starting
 
     def _start(self, control: ControlServer) -> None:
         config, cluster = self._config, self._config.cluster
         listen = self._folder.socket_address("link") if cluster.listen == "ipc" else loopback_address(cluster.listen)
-        actors = default_actors() if cluster.actors < 0 else cluster.actors
+        actors = self._actors_wanted
         expect = max(1, actors) if cluster.expect < 0 else cluster.expect
-        if config.ppo.schedule == "linear" and not config.run.total_steps:
-            raise UsageError("ppo.schedule 'linear' needs run.total_steps to know where it ends")
         if config.batch.max_policy_lag > 1:
             self._progress.say(
                 f"note: --max-policy-lag {config.batch.max_policy_lag} is not corrected for (V-trace is not there yet);"
@@ -122,7 +124,6 @@ class Launcher:
             self._folder.path / "logs" / "learner.log",
             actor=False,
         )
-        self._actors_wanted = actors
         if cluster.listen == "ipc":  # the address is known, so they start while the learner imports torch
             self._start_actors(listen)
 
@@ -137,8 +138,8 @@ class Launcher:
 
     def _turn(self, control: ControlServer) -> None:
         """One turn of the loop: hear, watch, judge, look at the limits, show."""
-        children = [child for child in [self._learner, *self._actors] if child and not child.ended_seen]
-        descriptors = [child.descriptor for child in children if child.descriptor >= 0]
+        watched = [child for child in self._children() if not child.ended_seen]
+        descriptors = [child.descriptor for child in watched if child.descriptor >= 0]
         for peer, message in control.receive(TURN_S, descriptors):
             self._hear(control, peer, message)
         self._watch(control)
@@ -253,7 +254,7 @@ class Launcher:
 
     def _bring_down(self, control: ControlServer) -> None:
         """End what still runs: by goodbye, then by SIGTERM, then by SIGKILL, within the grace."""
-        children = [child for child in [self._learner, *self._actors] if child is not None]
+        children = self._children()
         if self._interrupts.count > 1:
             return  # at once: closing kills
         if self._failure is None:
@@ -378,8 +379,7 @@ class Launcher:
 
 def default_actors() -> int:
     """Two actors on up to three cores, else one less than there are cores, which the learner keeps."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(2, cores - 1)
+    return max(2, available_cores() - 1)
 
 
 def bottleneck(stages_s: dict[str, float]) -> str:

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Child", "actor_environment", "await_end", "start_child"]
+__all__ = ["Child", "actor_environment", "available_cores", "await_end", "start_child"]
 
 TAIL_BYTES = 8192
 
@@ -111,3 +111,8 @@ def actor_environment() -> dict[str, str]:
         "MKL_NUM_THREADS": "1",
         "VECLIB_MAXIMUM_THREADS": "1",
     }
+
+
+def available_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

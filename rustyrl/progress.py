@@ -125,7 +125,7 @@ def _cells(view: View) -> list[tuple[str, str]]:
     ]
     for name in ("return_mean", "success_rate", "crash_rate", "length_mean"):
         if name in training:
-            cells.append((name.replace("_", " "), f"{training[name]:.4g}"))
+            cells.append((f"training {name.replace('_', ' ')}", f"{training[name]:.4g}"))
     if view.evaluation is not None:
         shown = [(k, v) for k, v in view.evaluation.items() if k not in ("return_std", "length_mean", "episodes")]
         cells.append(("last evaluation", ", ".join(f"{k} {v:.4g}" for k, v in shown if v is not None)))

@@ -47,6 +47,7 @@ class RunFolder:
     def __init__(self, path: Path, *, resume: bool) -> None:
         self.path = path.resolve()
         self._sockets: Path | None = None
+        self._created = not self.path.exists()
         try:
             self._check(resume)
             self.path.mkdir(parents=True, exist_ok=True)
@@ -71,6 +72,11 @@ class RunFolder:
         if self._sockets is not None:
             shutil.rmtree(self._sockets, ignore_errors=True)
         os.close(self._lock)
+
+    def discard(self) -> None:
+        """Remove the folder again if this object created it."""
+        if self._created:
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def write_inputs(self, config: Config, spec: EnvironmentSpec) -> None:
         """Write ``config.toml`` and ``spec.json``."""

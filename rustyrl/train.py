@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from rustyrl.channels import loopback_address
 from rustyrl.condition import parse_condition
 from rustyrl.config import Config, build_config, read_config
 from rustyrl.describe import describe
@@ -48,6 +49,10 @@ def launch(
         known = (*KNOWN_FIGURES, *(metric.name for metric in spec.metrics))
         if condition.metric not in known:
             raise UsageError(f"--stop-at {condition}: {spec.env!r} has no such figure; it has {', '.join(known)}")
+    if config.ppo.schedule == "linear" and not config.run.total_steps:
+        raise UsageError("ppo.schedule 'linear' needs run.total_steps to know where it ends")
+    if config.cluster.listen != "ipc":
+        loopback_address(config.cluster.listen)
     if config.run.init and not Path(config.run.init).is_file():
         raise UsageError(f"--init: there is no file {config.run.init}")
     with (
@@ -58,6 +63,9 @@ def launch(
         try:
             with progress:
                 return Launcher(config, spec, folder, progress, interrupts, resume=resume).run()
+        except UsageError:  # nothing was trained: leave no folder that the next try would stumble over
+            folder.discard()
+            raise
         except RunFailedError as error:
             raise RunFailedError(f"{error}\nlogs are in {folder.path / 'logs'}") from None
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clusters import WORLDS, rustyrl
+from clusters import WORLDS
 
 from rustyrl import Config, configure
 from rustyrl.channels import RolloutReceiver
@@ -117,7 +117,7 @@ def delaying_proxy(target: tuple[str, int]) -> Iterator[int]:
 @pytest.mark.parametrize("lag", [0, 1, 4])
 def test_same_seed_gives_the_same_bits_whatever_the_delays(start, lag):
     """Actors that sleep at random in every step, and in the second run a network that delays every message."""
-    arguments = (COUNTING, "--total-steps", "4000", "--seed", "11", "--max-policy-lag", str(lag), *SHAPE)
+    arguments = (COUNTING, "--total-steps", "2500", "--seed", "11", "--max-policy-lag", str(lag), *SHAPE)
     arguments += ("--set", "run.eval_episodes=1", "--set", "env.sleep_ms=1")
     direct = start("train", *arguments, "--actors", "2")
     code, _, err = direct.wait()
@@ -139,22 +139,3 @@ def test_same_seed_gives_the_same_bits_whatever_the_delays(start, lag):
     ours, theirs = ((cluster.run / "policy.safetensors").read_bytes() for cluster in (direct, learner))
     assert ours == theirs
     assert [row["policy_loss"] for row in direct.rows()[1:]] == [row["policy_loss"] for row in learner.rows()[1:]]
-
-
-def test_another_seed_gives_another_policy(start):
-    runs = [
-        start("train", COUNTING, "--actors", "1", "--total-steps", "600", "--seed", seed, *SHAPE) for seed in ("1", "2")
-    ]
-    assert [run.wait()[0] for run in runs] == [0, 0]
-    ours, theirs = ((run.run / "policy.safetensors").read_bytes() for run in runs)
-    assert ours != theirs
-
-
-def test_eval_repeats_itself_and_depends_on_its_seed(start):
-    run = start("train", COUNTING, "--actors", "1", "--total-steps", "600", *SHAPE)
-    assert run.wait()[0] == 0
-    first, again, other = (
-        rustyrl("eval", str(run.run), "--episodes", "30", "--seed", seed, "--json")[1] for seed in ("1", "1", "2")
-    )
-    assert first == again
-    assert first != other

@@ -284,6 +284,13 @@ def test_a_reward_that_is_not_finite_stops_the_run(number: float) -> None:
     assert "reward" in message
 
 
+@pytest.mark.parametrize(("column", "world", "slot"), [(0, 2, 0), (1, 2, 1), (2, 5, 0), (3, 5, 1)])
+def test_the_world_and_slot_of_every_column_are_named(column: int, world: int, slot: int) -> None:
+    rollout = valid_rollout()
+    rollout.reward[0, column] = math.nan
+    assert broken(rollout).startswith(f"world {world} of 'maze', slot {slot}, step 0 of batch 9")
+
+
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
 def test_a_final_observation_that_is_not_finite_stops_the_run(order: list[int]) -> None:
     rollout = valid_rollout()

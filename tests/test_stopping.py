@@ -44,20 +44,6 @@ def test_a_second_interrupt_ends_the_run_at_once(start):
     cluster.assert_gone()
 
 
-def test_the_stop_verb_ends_the_run_with_code_0(start):
-    cluster = start(*ENDLESS)
-    cluster.await_version(2)
-    code, out, err = rustyrl("stop", "--run", str(cluster.run), "--json")
-    assert code == 0, err
-    assert '"stopped":true' in out
-    code, _, err = cluster.wait()
-    assert code == 0, err
-    cluster.assert_gone()
-    code, _, err = rustyrl("stop", "--run", str(cluster.run))
-    assert code == 2
-    assert "is over" in err
-
-
 def test_stopping_before_the_learner_is_up_leaves_nothing(start):
     cluster = start(*ENDLESS)
     poll(lambda: cluster.children("rustyrl_learner"), "a learner process")

@@ -54,7 +54,8 @@ class TicketWalk(RuleBasedStateMachine):
     @rule()
     def due(self) -> None:
         orders = self.book.due(self.newest)
-        assert [ticket.batch for _, ticket in orders] == sorted(ticket.batch for _, ticket in orders)
+        order = [(ticket.batch, self.indices[peer]) for peer, ticket in orders]
+        assert order == sorted(order)
         for peer, ticket in orders:
             assert ticket.policy_version == max(self.first, ticket.batch - self.lag) <= self.newest
             assert self.newest <= ticket.batch <= self.newest + self.lag
@@ -191,6 +192,14 @@ def test_batch_k_is_collected_under_version_k_minus_lag(lag: int, first: int) ->
         answer_all(book, orders)
         book.finish(newest)
     assert versions == {k: max(first, k - lag) for k in range(first, first + 6 + lag)}
+
+
+def test_the_version_of_a_batch_does_not_depend_on_when_it_is_issued() -> None:
+    book = book_with(0, lag=1)
+    answer_all(book, book.due(0))
+    book.finish(0)
+    book.finish(1)  # before anybody asked again
+    assert [(ticket.batch, ticket.policy_version) for _, ticket in book.due(2)] == [(2, 1), (3, 2)]
 
 
 def test_nothing_is_due_without_actors_and_nothing_twice() -> None:

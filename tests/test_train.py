@@ -14,6 +14,7 @@ from rustyrl.errors import UsageError
 from rustyrl.weights import read_policy
 
 BUDGET = ("--total-steps", "2000", "--set", "run.eval_episodes=40", *SMALL)
+KEEP = ("--set", "run.checkpoint_every=2", "--set", "run.checkpoints_kept=2")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def finished(tmp_path_factory) -> Iterator[tuple[Cluster, dict, str]]:
     run = folder / "run"
     cluster = Cluster(
         run,
-        ["train", "cartpole", "--actors", "3", *BUDGET, "--max-policy-lag", "0", "--json", "--run", str(run)],
+        ["train", "cartpole", "--actors", "3", *BUDGET, *KEEP, "--max-policy-lag", "0", "--json", "--run", str(run)],
         folder,
     )
     code, out, err = cluster.wait()
@@ -46,6 +47,23 @@ def test_train_writes_the_run_folder_and_prints_one_json_object(finished):
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert (cluster.run / "cluster.json").stat().st_mode & 0o777 == 0o600
     cluster.assert_gone()
+
+
+def test_the_newest_checkpoints_are_kept(finished):
+    cluster = finished[0]
+    kept = sorted(int(path.name) for path in (cluster.run / "checkpoints").iterdir())
+    assert len(kept) == 2
+    assert kept[-1] == cluster.rows()[-1]["policy_version"]
+
+
+def test_eval_repeats_itself_and_depends_on_its_seed(finished):
+    first, again, other = (
+        rustyrl("eval", str(finished[0].run), "--episodes", "30", "--seed", seed, "--json")[1]
+        for seed in ("1", "1", "2")
+    )
+    assert json.loads(first)["episodes"] == 30
+    assert first == again
+    assert first != other
 
 
 def test_every_ticket_is_accounted_for_at_exit(finished):
@@ -109,7 +127,7 @@ def test_init_takes_the_policy_and_normaliser_of_another_run(start, finished):
 
 def test_a_script_trains_as_the_command_does(tmp_path):
     layers = {
-        "run": {"env": "cartpole", "total_steps": 500, "eval_episodes": 5},
+        "run": {"seed": 2, "env": "cartpole", "total_steps": 500, "eval_episodes": 5},
         "env": {"slots": 4},
         "batch": {"worlds": 2, "unroll_length": 16},
         "cluster": {"actors": 1},
@@ -144,14 +162,3 @@ def test_reaching_the_goal_ends_the_run_with_the_confirmed_policy(start):
     code, out, _ = rustyrl("eval", str(cluster.run), "--episodes", "50", "--json")
     assert code == 0
     assert json.loads(out)["return_mean"] >= 25
-
-
-def test_the_newest_checkpoints_are_kept(start):
-    cluster = start(
-        "train", "cartpole", "--actors", "1", *BUDGET,
-        "--set", "run.checkpoint_every=2", "--set", "run.checkpoints_kept=2",
-    )  # fmt: skip
-    assert cluster.wait()[0] == 0
-    kept = sorted(int(path.name) for path in (cluster.run / "checkpoints").iterdir())
-    assert len(kept) == 2
-    assert kept[-1] == cluster.rows()[-1]["policy_version"]

@@ -10,6 +10,9 @@ import sys
 
 import zmq
 from clusters import SMALL, poll, rustyrl
+from typer.testing import CliRunner
+
+from rustyrl.cli import app
 
 
 def test_envs_lists_the_built_in_environments():
@@ -32,10 +35,10 @@ def test_doctor_finds_nothing_wrong_here():
 
 def test_every_verb_has_help_with_an_example_or_options():
     for verb in ("train", "learner", "actor", "status", "stop", "runs", "eval", "envs", "doctor"):
-        code, out, _ = rustyrl(verb, "--help")
-        assert code == 0
-        assert f"{verb} [OPTIONS]" in out
-    assert "rustyrl train drone" in rustyrl("train", "--help")[1]
+        shown = CliRunner().invoke(app, [verb, "--help"])
+        assert shown.exit_code == 0
+        assert f"{verb} [OPTIONS]" in shown.output
+        assert verb != "train" or "rustyrl train drone" in shown.output
 
 
 def test_runs_lists_what_ended_and_what_goes_on(start, tmp_path):
@@ -50,7 +53,14 @@ def test_runs_lists_what_ended_and_what_goes_on(start, tmp_path):
     assert {"pid", "version", "steps", "trained_sps"} <= status["learner"].keys()
     assert {"index", "pid", "host", "worlds", "sps", "version"} <= status["actors"][0].keys()
     assert {"issued", "trained", "rejected", "lost", "outstanding"} == status["tickets"].keys()
-    assert rustyrl("stop", cwd=tmp_path)[0] == 0
+    code, out, err = rustyrl("stop", "--json", cwd=tmp_path)
+    assert code == 0, err
+    assert '"stopped":true' in out
+    assert cluster.wait()[0] == 0
+    cluster.assert_gone()
+    code, _, err = rustyrl("stop", "--run", str(run))
+    assert code == 2
+    assert "is over" in err
     rows = json.loads(rustyrl("runs", "--json", cwd=tmp_path)[1])["runs"]
     assert [(row["state"], row["live"]) for row in rows] == [("finished", False)]
     assert rows[0]["summary"]["stopped_by"] == "stop"

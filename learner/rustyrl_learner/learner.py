@@ -17,6 +17,7 @@ from rustyrl.channels import ControlClient, RolloutReceiver
 from rustyrl.condition import Condition, meets, parse_condition
 from rustyrl.config import Config
 from rustyrl.errors import ContractError, RunFailedError, UsageError
+from rustyrl.processes import available_cores
 from rustyrl.spec import EnvironmentSpec
 from rustyrl.stages import Stages
 from rustyrl.weights import PolicySpec, encode_weights, read_policy
@@ -325,8 +326,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def default_threads() -> int:
-    """Torch threads on the CPU: all cores up to 4; the learner is what limits, its products are small."""
-    return max(1, min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+    """Torch threads on the CPU: the cores but one, which the actors need, and at most 4, as the products are small.
+
+    A thread too many costs more than it brings: the others spin while it waits for a core.
+    """
+    return max(1, min(4, available_cores() - 1))
 
 
 def evaluation_conditions(config: Config, spec: EnvironmentSpec) -> tuple[Condition, ...]:
