@@ -2,7 +2,9 @@
 
 One link for each actor, DEALER to ROUTER, carries rollouts up and weights and tickets down; one control socket,
 the launcher's, answers the learner and the command line. Every message is two frames, checked first; every wait
-has a limit; queues are bounded by tickets, so a send that would block means that the peer is gone.
+has a limit; queues are bounded by tickets, so a send that would block means that the peer is gone. ZeroMQ's own
+heartbeats stay off: they would cut the link of a process that is only stopped for a while, and what was on its way
+would be lost.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ __all__ = [
     "Received",
     "RolloutReceiver",
     "RolloutSender",
+    "Sent",
     "loopback_address",
 ]
 
 WRITE_POLL_MS = 500  # how often a send that waits looks whether the learner said goodbye
-HEARTBEAT_MS = 2000
 HANDSHAKE_MS = 2000
 RECONNECT_MS = 100
 RECONNECT_MAX_MS = 2000
@@ -83,8 +85,6 @@ class _Sockets:
         opened.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
         opened.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
         opened.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
-        opened.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-        opened.setsockopt(zmq.HEARTBEAT_TIMEOUT, 5 * HEARTBEAT_MS)
         return opened
 
 
@@ -142,6 +142,25 @@ class RolloutReceiver(_Sockets):
             self._wakened.close()
 
 
+class Sent:
+    """A message on its way, whose memory must not change yet."""
+
+    def __init__(self, tracker: zmq.MessageTracker) -> None:
+        self._tracker = tracker
+
+    @property
+    def done(self) -> bool:
+        """Whether it has left."""
+        return self._tracker.done
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until it has left; raises `TimeoutError`."""
+        try:
+            self._tracker.wait(timeout_s)
+        except zmq.NotDone:
+            raise TimeoutError(f"the learner did not take a message within {timeout_s:.0f} s") from None
+
+
 class RolloutSender(_Sockets):
     """An actor's end of the link."""
 
@@ -160,15 +179,15 @@ class RolloutSender(_Sockets):
             self.close()
             raise UsageError(f"cannot join {address!r}: {error}; expected ipc://PATH or tcp://HOST:PORT") from None
 
-    def send(self, message: Message, blob: memoryview | bytes = b"", timeout_s: float = 10.0) -> zmq.MessageTracker:
-        """Send without copying the blob; the tracker is done once its memory may change.
+    def send(self, message: Message, blob: memoryview | bytes = b"", timeout_s: float = 10.0) -> Sent:
+        """Send without copying the blob; what comes back tells when its memory may change.
 
         Raises:
             TimeoutError: if no learner took it in time.
         """
         return self.send_frames(encode_message(message), blob, timeout_s)
 
-    def send_frames(self, header: bytes, blob: memoryview | bytes, timeout_s: float = 10.0) -> zmq.MessageTracker:
+    def send_frames(self, header: bytes, blob: memoryview | bytes, timeout_s: float = 10.0) -> Sent:
         """Send an encoded message; see `send`.
 
         Raises:
@@ -185,7 +204,7 @@ class RolloutSender(_Sockets):
                 raise TimeoutError(f"no learner took a message within {timeout_s:.0f} s")
         tracker = self._dealer.send_multipart([header, blob], copy=False, track=True)
         assert tracker is not None  # noqa: S101 - track=True
-        return tracker
+        return Sent(tracker)
 
     def receive(self, timeout_s: float) -> Received | None:
         """The next message, or None when the time is over.

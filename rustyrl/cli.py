@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from rustyrl import describe
 from rustyrl.channels import ControlClient, loopback_address
 from rustyrl.config import Layer, parse_assignments, read_config
-from rustyrl.describe import configure, list_environments
 from rustyrl.doctor import examine
 from rustyrl.errors import RunFailedError, UsageError
 from rustyrl.processes import actor_environment
@@ -223,15 +222,7 @@ def evaluate(
     changes = parse_assignments(assignments or [])
     if unknown := changes.keys() - {"env"}:
         raise UsageError(f"eval takes --set env.KEY=VALUE only, got section {sorted(unknown)[0]!r}")
-    settings = msgspec.json.encode({**config, **changes.get("env", {})}).decode()
-    command = [sys.executable, "-m", "rustyrl_actors", "evaluate", env, "--policy", str(target)]
-    command += ["--env-config", settings, "--episodes", str(episodes), "--seed", str(seed)]
-    done = subprocess.run(command, capture_output=True, env=actor_environment(), check=False)
-    if done.returncode:
-        message = done.stderr.decode(errors="replace").strip()
-        kind = UsageError if done.returncode == UsageError.exit_code else RunFailedError
-        raise kind(message.removeprefix("error: "))
-    figures = msgspec.json.decode(done.stdout, type=dict[str, Any])
+    figures = describe.evaluate(env, {**config, **changes.get("env", {})}, target, episodes, seed)
     if json:
         _print_json(figures)
         return
@@ -244,7 +235,7 @@ def evaluate(
 @app.command()
 def envs(json: Json = False) -> None:
     """List the built-in environments."""
-    rows = list_environments()
+    rows = describe.list_environments()
     if json:
         _print_json({"envs": rows})
         return
@@ -310,7 +301,7 @@ def _train(
     if config is not None:
         layers.append(read_config(config))
     layers += [parse_assignments(assignments or []), flags]
-    resolved, spec = configure(*layers)
+    resolved, spec = describe.configure(*layers)
     progress = make_progress(to_stderr=json)
     summary = launch(resolved, spec, run, resume=resume, progress=progress)
     if json:

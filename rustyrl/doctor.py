@@ -22,7 +22,19 @@ except ImportError:  # Windows has no such limits
 
 __all__ = ["examine"]
 
-BASE = ("esper", "gymnasium", "msgpack", "msgspec", "numpy", "pyzmq", "rich", "safetensors", "typer")
+BASE = (
+    "esper",
+    "gymnasium",
+    "msgpack",
+    "msgspec",
+    "numpy",
+    "psutil",
+    "pyzmq",
+    "rich",
+    "safetensors",
+    "tomli-w",
+    "typer",
+)
 LEARNER = ("torch", "tensorboard")
 MIN_DESCRIPTORS = 1024
 MIN_FREE_BYTES = 1 << 30
@@ -76,7 +88,7 @@ def _version(package: str) -> str:
 
 def _ask_torch() -> dict[str, Any]:
     """What torch sees, from a process of the learner package, which alone may import it."""
-    command = [sys.executable, "-m", "rustyrl_learner", "doctor"]
+    command = [sys.executable, "-m", "rustyrl_learner", "--parent", str(os.getpid()), "doctor"]
     try:
         done = subprocess.run(command, capture_output=True, timeout=60, check=False)
     except subprocess.TimeoutExpired:

@@ -14,16 +14,15 @@ from typing import Any
 
 import msgspec
 
-from rustyrl.condition import Condition, meets, parse_condition
+from rustyrl.condition import Condition, meets
 from rustyrl.config import Config
 from rustyrl.errors import RunFailedError
-from rustyrl.processes import Child, await_end, start_child
-from rustyrl.spec import EnvironmentSpec
+from rustyrl.processes import Child, start_child
+from rustyrl.run_folder import Best
 
-__all__ = ["Candidate", "Judge", "goal_of"]
+__all__ = ["Candidate", "Judge"]
 
-FINAL_S = 120.0  # how long the last evaluation may take
-TURN_S = 0.1
+LIMIT_S = 120.0  # how long an evaluation may take
 FINAL_SEED = 2**31  # seeds that no version was chosen by
 
 
@@ -42,12 +41,11 @@ class Judge:
         self.goal = goal
         self.evaluation: dict[str, Any] | None = None
         self.confirmed: Candidate | None = None
-        self.best_version: int | None = None
-        self._best_score: tuple[float, float] = (float("-inf"), float("-inf"))
+        self.best: Best | None = None
         self._config = config
         self._log = log
         self._waiting: deque[Candidate] = deque()
-        self._running: tuple[Candidate, Child] | None = None
+        self._running: tuple[Candidate, Child, float] | None = None
 
     def add(self, candidate: Candidate) -> None:
         """Queue a version; versions come in update order."""
@@ -60,31 +58,36 @@ class Judge:
             RunFailedError: the evaluation failed, with its traceback.
         """
         ended = None
-        if self._running is not None and not self._running[1].running:
-            ended, child = self._running
-            self._running = None
-            self._weigh(ended, _read(child))
+        if self._running is not None:
+            candidate, child, deadline = self._running
+            if not child.running:
+                self._running = None
+                self._weigh(candidate, _read(child))
+                ended = candidate
+            elif time.monotonic() > deadline:
+                raise RunFailedError(f"the evaluation of version {candidate.version} took more than {LIMIT_S:.0f} s")
         if self._waiting and self._running is None and self.confirmed is None:
             candidate = self._waiting.popleft()
-            self._running = (candidate, self._start(candidate.policy, candidate.version))
+            child = self._start(candidate.policy, candidate.version)
+            self._running = (candidate, child, time.monotonic() + LIMIT_S)
         return ended
 
-    def final(self, policy: Path, give_up: Callable[[], bool]) -> dict[str, Any] | None:
-        """Evaluate the policy that is kept; None if that is given up.
+    def final(self, policy: Path, meanwhile: Callable[[], bool]) -> dict[str, Any] | None:
+        """Evaluate the policy that is kept, calling ``meanwhile`` while it runs; None once that gives True.
 
         Raises:
             RunFailedError: the evaluation failed or took too long.
         """
         child = self._start(policy, FINAL_SEED)
-        deadline = time.monotonic() + FINAL_S
+        deadline = time.monotonic() + LIMIT_S
         # A pipe holds 64 KiB, an evaluation's figures are some hundred bytes: it can end before it is read.
-        while await_end([child], time.monotonic() + TURN_S):
-            if give_up():
+        while child.running:
+            if meanwhile():
                 child.close()
                 return None
             if time.monotonic() > deadline:
                 child.close()
-                raise RunFailedError(f"the final evaluation took more than {FINAL_S:.0f} s")
+                raise RunFailedError(f"the final evaluation took more than {LIMIT_S:.0f} s")
         return _read(child)
 
     def close(self) -> None:
@@ -94,9 +97,10 @@ class Judge:
 
     def _weigh(self, candidate: Candidate, figures: dict[str, Any]) -> None:
         self.evaluation = figures
-        score = (-sum(condition.shortfall(figures) for condition in self.goal), float(figures["return_mean"]))
-        if score > self._best_score:
-            self._best_score, self.best_version = score, candidate.version
+        missing = sum(condition.shortfall(figures) for condition in self.goal)
+        best = Best(candidate.version, -missing, float(figures["return_mean"]))
+        if self.best is None or (best.score, best.return_mean) > (self.best.score, self.best.return_mean):
+            self.best = best
         if meets(self.goal, figures):
             self.confirmed = candidate
 
@@ -108,20 +112,13 @@ class Judge:
         return start_child("evaluation", arguments, self._log, actor=True, capture=True)
 
 
-def goal_of(config: Config, spec: EnvironmentSpec) -> tuple[Condition, ...]:
-    """What ends the run when an evaluation meets it: ``--stop-at``, else the world's goal unless a budget is set."""
-    run = config.run
-    if run.stop_at:
-        return tuple(parse_condition(text) for text in run.stop_at)
-    if run.total_steps or run.max_seconds:
-        return ()
-    return tuple(parse_condition(text) for text in spec.goal)
-
-
 def _read(child: Child) -> dict[str, Any]:
     output = child.process.stdout.read() if child.process.stdout is not None else b""
     code, tail = child.process.returncode, child.tail()
     child.close()
     if code:
         raise RunFailedError(f"the evaluation ended with code {code}:\n{tail}")
-    return msgspec.json.decode(output, type=dict[str, Any])
+    try:
+        return msgspec.json.decode(output, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise RunFailedError(f"the evaluation printed no result ({error}):\n{tail}") from None

@@ -14,8 +14,9 @@ from typing import Any
 from rustyrl.channels import ControlServer, loopback_address
 from rustyrl.config import Config
 from rustyrl.errors import RunFailedError, UsageError
+from rustyrl.goal import goal_conditions
 from rustyrl.interrupts import Interrupts
-from rustyrl.judge import Candidate, Judge, goal_of
+from rustyrl.judge import Candidate, Judge
 from rustyrl.processes import Child, available_cores, await_end, start_child
 from rustyrl.progress import Progress, View
 from rustyrl.run_folder import ClusterFile, RunFolder
@@ -24,6 +25,9 @@ from rustyrl.spec import EnvironmentSpec
 __all__ = ["Launcher", "default_actors"]
 
 TURN_S = 0.1  # the longest wait of the loop: signals and limits are looked at so often
+ALONE_S = 10.0  # how long a learner whose actors have all ended well may take to say why
+# How the grace of a stop, cluster.stop_s, is shared out; the rest is for killing.
+UPDATE_SHARE, GOODBYE_SHARE, TERMINATE_SHARE = 0.7, 0.1, 0.1
 
 
 class Launcher:
@@ -45,7 +49,8 @@ class Launcher:
         self._progress = progress
         self._resume = resume
         self._incarnation = folder.next_incarnation()
-        self._judge = Judge(config, goal_of(config, spec), folder.path / "logs" / "evaluate.log")
+        self._judge = Judge(config, goal_conditions(config.run, spec), folder.path / "logs" / "evaluate.log")
+        self._judge.best = folder.read_best() if resume else None
         self._started = time.monotonic()
         self._state = "starting"
         self._stop_reason: str | None = None
@@ -59,6 +64,9 @@ class Launcher:
         self._actors: list[Child] = []
         self._actors_wanted = default_actors() if config.cluster.actors < 0 else config.cluster.actors
         self._link = ""
+        self._stop_asked = 0
+        self._alone_since: float | None = None
+        self._started_at = time.time()
 
     def run(self) -> dict[str, Any]:
         """Train until goal, budget or stop; returns the summary.
@@ -75,13 +83,14 @@ class Launcher:
                     self._turn(control)
                 self._state = "stopping"
                 self._bring_down(control)
-                ended = "failed" if self._failure else "finished"
+                summary = self._finish(control)
+                ended = "finished"
             finally:
                 for child in self._children():
                     child.close()
                 self._judge.close()
                 self._write_cluster(control, ended)
-        return self._finish()
+        return summary
 
     def _children(self) -> list[Child]:
         return self._actors if self._learner is None else [self._learner, *self._actors]
@@ -155,6 +164,8 @@ class Launcher:
                 self._link = str(message["address"])
                 self._state = "running"
                 self._write_cluster(control, "running")
+                for child in (actor for actor in self._actors if actor.ended_seen):  # while it could not hear of it
+                    self._order(control, {"kind": "actor_died", "pid": child.pid})
                 if not self._actors and self._stop_reason is None:
                     self._start_actors(self._link)
                 if not self._actors_wanted:
@@ -166,6 +177,7 @@ class Launcher:
             case "done":
                 self._report = {**self._report, **message["figures"]}
                 self._learner_done = True
+                self._kill_at = self._kill_at or time.monotonic() + self._config.cluster.stop_s * UPDATE_SHARE
                 self._stop_reason = self._stop_reason or message["reason"]
             case "failed":
                 self._report = {**self._report, **message.get("figures", {})}
@@ -173,6 +185,7 @@ class Launcher:
             case "status":
                 control.send(peer, self._status())
             case "stop":
+                self._stop_asked += 1
                 self._request_stop(control, "stop")
                 control.send(peer, {"stopping": True, "run": str(self._folder.path)})
             case other:
@@ -192,7 +205,7 @@ class Launcher:
             for peer, message in list(control.receive(0, [])):  # what it said last
                 self._hear(control, peer, message)
             learner.ended_seen = True
-            if not self._learner_done and self._failure is None:
+            if not self._learner_done and self._failure is None and self._stop_reason is None:
                 code, tail = learner.process.returncode, learner.tail()
                 self._failure = RunFailedError(
                     f"the learner ended with code {code}{self._last_good()}\n{tail}".rstrip()
@@ -207,10 +220,13 @@ class Launcher:
         ours = {child.pid for child in self._actors}
         if any(actor["ready"] and actor["pid"] not in ours for actor in self._report.get("actors", [])):
             return
+        self._alone_since = self._alone_since or time.monotonic()
         died = [child for child in self._actors if child.process.returncode]
-        if died:  # those that the learner sent home ended with 0, and it will say why itself
-            code, tail = died[-1].process.returncode, died[-1].tail()
-            self._failure = RunFailedError(f"no actor is left; {died[-1].name} ended with code {code}:\n{tail}")
+        if not died and time.monotonic() - self._alone_since < ALONE_S:
+            return  # those that the learner sent home ended with 0, and it will say why itself
+        last = died[-1] if died else self._actors[-1]
+        code, tail = last.process.returncode, last.tail()
+        self._failure = RunFailedError(f"no actor is left; {last.name} ended with code {code}:\n{tail}")
 
     def _fail_learner(self, message: dict[str, Any]) -> None:
         text = str(message["message"])
@@ -235,7 +251,7 @@ class Launcher:
     def _request_stop(self, control: ControlServer, reason: str) -> None:
         self._stop_reason = self._stop_reason or reason
         self._state = "stopping"
-        self._kill_at = self._kill_at or time.monotonic() + self._config.cluster.stop_s * 0.8
+        self._kill_at = self._kill_at or time.monotonic() + self._config.cluster.stop_s * UPDATE_SHARE
         self._order(control, {"kind": "stop", "reason": reason})
         if self._learner is not None and self._learner_peer is None:
             self._learner.signal(signal.SIGKILL)  # it is still importing and has nothing to save
@@ -258,10 +274,10 @@ class Launcher:
         if self._interrupts.count > 1:
             return  # at once: closing kills
         if self._failure is None:
-            await_end(children, time.monotonic() + self._config.cluster.stop_s * 0.15)
+            await_end(children, time.monotonic() + self._config.cluster.stop_s * GOODBYE_SHARE)
         for child in (left := await_end(children, time.monotonic())):
             child.signal(signal.SIGTERM)
-        left = await_end(left, time.monotonic() + self._config.cluster.stop_s * 0.1)
+        left = await_end(left, time.monotonic() + self._config.cluster.stop_s * TERMINATE_SHARE)
         if self._learner in left and self._failure is None:
             self._progress.say("the learner did not end its update in time and is killed; the newest checkpoint stands")
         for peer, message in list(control.receive(0, [])):
@@ -278,25 +294,30 @@ class Launcher:
             return
         if ended is None:
             return
-        best = self._judge.best_version
-        self._order(control, {"kind": "evaluated", "version": ended.version, "best": best})
+        best = self._judge.best
+        self._folder.write_best(best)
+        self._order(control, {"kind": "evaluated", "version": ended.version, "best": best and best.version})
         if self._judge.confirmed is ended:
             self._folder.install_policy(ended.policy)
             self._request_stop(control, "goal")
 
     # Ending
 
-    def _finish(self) -> dict[str, Any]:
-        confirmed = self._judge.confirmed
-        if confirmed is None and (newest := self._folder.newest_policy()) is not None:
+    def _finish(self, control: ControlServer) -> dict[str, Any]:
+        """Install the policy that is kept, evaluate it, write the summary."""
+        confirmed, newest = self._judge.confirmed, self._folder.newest_policy()
+        version = confirmed.version if confirmed else 0
+        if confirmed is None and newest is not None:
             self._folder.install_policy(newest)
+            version = int(newest.parent.name)
         if self._failure is not None:
             raise self._failure
-        reason = self._stop_reason or "stop"
+        reason = self._stop_reason or self._interrupts.reason or "stop"
         evaluation = None
         if reason not in ("stop", "interrupt", "terminate"):
-            evaluation = self._final_evaluation()
-        version = confirmed.version if confirmed else self._report.get("version", 0)
+            evaluation = self._final_evaluation(control)
+            if self._interrupts.count:
+                reason = self._interrupts.reason
         summary = {
             "env": self._spec.env,
             "run": str(self._folder.path),
@@ -312,13 +333,23 @@ class Launcher:
         self._folder.write_summary(summary)
         return summary
 
-    def _final_evaluation(self) -> dict[str, Any] | None:
+    def _final_evaluation(self, control: ControlServer) -> dict[str, Any] | None:
         """Judge the policy that is kept, on seeds that nothing was chosen by."""
         policy = self._folder.path / "policy.safetensors"
         if not policy.exists():
             return None
         self._progress.say(f"evaluating the final policy over {self._config.run.eval_episodes} episodes")
-        return self._judge.final(policy, give_up=lambda: self._interrupts.count > 0)
+        self._state = "evaluating"
+        self._write_cluster(control, self._state)
+        seen, stopped = self._interrupts.count, self._stop_asked
+
+        def meanwhile() -> bool:
+            for peer, message in control.receive(TURN_S, []):
+                self._hear(control, peer, message)
+            self._progress.show(self._view())
+            return self._interrupts.count > seen or self._stop_asked > stopped
+
+        return self._judge.final(policy, meanwhile)
 
     # Describing
 
@@ -372,7 +403,7 @@ class Launcher:
                 control=control.address,
                 link=self._link,
                 incarnation=self._incarnation,
-                started=time.time(),
+                started=self._started_at,
             )
         )
 

@@ -23,7 +23,17 @@ try:
 except ImportError:  # not a Unix: two runs on one folder are not told apart there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["RUNS", "ClusterFile", "RunFolder", "find_run", "is_live", "list_runs", "new_run_path", "read_cluster"]
+__all__ = [
+    "RUNS",
+    "Best",
+    "ClusterFile",
+    "RunFolder",
+    "find_run",
+    "is_live",
+    "list_runs",
+    "new_run_path",
+    "read_cluster",
+]
 
 RUNS = Path("runs")
 MAX_IPC_PATH = 90  # a Unix socket's path has room for 107 bytes; ours adds a name
@@ -41,13 +51,22 @@ class ClusterFile(msgspec.Struct, frozen=True):
     started: float
 
 
+class Best(msgspec.Struct, frozen=True):
+    """The evaluated version that came nearest to the goal; ``score`` is 0 where it met it, else negative."""
+
+    version: int
+    score: float
+    return_mean: float
+
+
 class RunFolder:
     """A run folder that this process owns until it is closed."""
 
     def __init__(self, path: Path, *, resume: bool) -> None:
         self.path = path.resolve()
         self._sockets: Path | None = None
-        self._created = not self.path.exists()
+        self._before: dict[str, bytes] = {}
+        self._created = not self.path.is_dir() or not any(self.path.iterdir())
         try:
             self._check(resume)
             self.path.mkdir(parents=True, exist_ok=True)
@@ -74,18 +93,32 @@ class RunFolder:
         os.close(self._lock)
 
     def discard(self) -> None:
-        """Remove the folder again if this object created it."""
+        """Undo `write_inputs`: remove the folder if it is new, else put back what stood there."""
         if self._created:
             shutil.rmtree(self.path, ignore_errors=True)
+        for name, content in self._before.items():
+            write_atomic(self.path / name, content)
 
     def write_inputs(self, config: Config, spec: EnvironmentSpec) -> None:
         """Write ``config.toml`` and ``spec.json``."""
+        for name in ("config.toml", "spec.json"):
+            if (self.path / name).exists():
+                self._before[name] = (self.path / name).read_bytes()
         write_atomic(self.path / "config.toml", config_to_toml(config).encode())
         write_atomic(self.path / "spec.json", spec_to_json(spec))
 
     def write_cluster(self, cluster: ClusterFile) -> None:
         """Write ``cluster.json``."""
         write_atomic(self.path / "cluster.json", msgspec.json.encode(cluster), mode=0o600)
+
+    def write_best(self, best: Best | None) -> None:
+        """Write ``best.json``: which checkpoint came nearest to the goal, so that it is kept across a resume."""
+        if best is not None:
+            write_atomic(self.path / "best.json", msgspec.json.encode(best))
+
+    def read_best(self) -> Best | None:
+        """What `write_best` wrote."""
+        return read_best(self.path)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``."""
@@ -182,6 +215,14 @@ def read_cluster(path: Path) -> ClusterFile | None:
     """Read ``cluster.json``; None if there is none to read."""
     try:
         return msgspec.json.decode((path / "cluster.json").read_bytes(), type=ClusterFile)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def read_best(path: Path) -> Best | None:
+    """Read ``best.json``; None if there is none to read."""
+    try:
+        return msgspec.json.decode((path / "best.json").read_bytes(), type=Best)
     except (OSError, msgspec.DecodeError):
         return None
 

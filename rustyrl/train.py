@@ -14,8 +14,10 @@ from rustyrl.errors import RunFailedError, UsageError
 from rustyrl.interrupts import Interrupts
 from rustyrl.launcher import Launcher
 from rustyrl.progress import Progress, make_progress
+from rustyrl.rollout import array_bytes, rollout_arrays
 from rustyrl.run_folder import RunFolder, new_run_path
 from rustyrl.spec import EnvironmentSpec
+from rustyrl.wire import MAX_BLOB_BYTES
 
 __all__ = ["launch", "resume_config", "train"]
 
@@ -51,9 +53,16 @@ def launch(
             raise UsageError(f"--stop-at {condition}: {spec.env!r} has no such figure; it has {', '.join(known)}")
     if config.ppo.schedule == "linear" and not config.run.total_steps:
         raise UsageError("ppo.schedule 'linear' needs run.total_steps to know where it ends")
+    slots = spec.slots * config.batch.worlds
+    size = sum(array_bytes(array) for array in rollout_arrays(spec, config.batch.unroll_length, slots))
+    if size > MAX_BLOB_BYTES // 2:  # one actor may come to own every world; the other half is for ended episodes
+        raise UsageError(
+            f"a batch of {slots} slots x {config.batch.unroll_length} steps takes {size >> 20} MiB, at most "
+            f"{MAX_BLOB_BYTES >> 21} MiB fit into a message; lower batch.unroll_length, batch.worlds or env.slots"
+        )
     if config.cluster.listen != "ipc":
         loopback_address(config.cluster.listen)
-    if config.run.init and not Path(config.run.init).is_file():
+    if config.run.init and not resume and not Path(config.run.init).is_file():
         raise UsageError(f"--init: there is no file {config.run.init}")
     with (
         Interrupts() as interrupts,

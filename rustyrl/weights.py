@@ -22,10 +22,19 @@ from safetensors.numpy import save
 from rustyrl.errors import UsageError, WireError
 from rustyrl.spec import ActionSpec, ArraySpec
 
-__all__ = ["PolicySpec", "Weights", "decode_weights", "encode_weights", "read_policy", "weights_layout"]
+__all__ = [
+    "VARIANCE_FLOOR",
+    "PolicySpec",
+    "Weights",
+    "decode_weights",
+    "encode_weights",
+    "read_policy",
+    "weights_layout",
+]
 
 METADATA_KEY = "rustyrl.policy"
 MAX_HEADER_BYTES = 1 << 20
+VARIANCE_FLOOR = 1e-8  # added to a variance before its root is taken, by whoever normalises
 
 
 class PolicySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -111,6 +111,20 @@ def test_resume_goes_on_from_the_checkpoint_without_doubles(start, finished, tmp
     assert rows[len(before)]["steps"] > before[-1]["steps"]
 
 
+def test_a_damaged_newest_checkpoint_is_skipped_on_resume(start, finished, tmp_path):
+    copy = shutil.copytree(finished[0].run, tmp_path / "copy")
+    newest = max((copy / "checkpoints").iterdir())
+    blob = bytearray((newest / "learner.safetensors").read_bytes())
+    blob[len(blob) // 2] ^= 1
+    (newest / "learner.safetensors").write_bytes(bytes(blob))
+    again = start("train", "--resume", "--total-steps", "2500", run=copy)
+    assert again.wait()[0] == 0
+    log = (copy / "logs" / "learner.log").read_text()
+    assert f"{newest.name} " in log
+    assert "trying the one before" in log
+    assert again.rows()[-1]["steps"] >= 2500
+
+
 def test_init_takes_the_policy_and_normaliser_of_another_run(start, finished):
     policy = finished[0].run / "policy.safetensors"
     second = start(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
-from rustyrl.errors import RunFailedError, UsageError
+from rustyrl.errors import ContractError, RunFailedError, UsageError
 from rustyrl.parent import die_with_parent
 from rustyrl.spec import spec_to_json
 from rustyrl.weights import read_policy
@@ -24,31 +28,46 @@ def main() -> int:
     die_with_parent(arguments.parent)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     try:
-        _run(arguments)
+        with _results_only() as results:
+            _run(arguments, results)
+    except ContractError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return RunFailedError.exit_code
+    except KeyboardInterrupt:
+        return 130
     except (UsageError, RunFailedError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
     return 0
 
 
-def _run(arguments: argparse.Namespace) -> None:
+@contextmanager
+def _results_only() -> Iterator[BinaryIO]:
+    """Keep standard output for results: what a world prints goes to standard error."""
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "wb") as results:
+        os.dup2(2, 1)
+        yield results
+
+
+def _run(arguments: argparse.Namespace, results: BinaryIO) -> None:
     match arguments.verb:
         case "run":
             run_actor(arguments.join, arguments.index)
         case "describe":
-            _write(spec_to_json(find_environment(arguments.env, _env_config(arguments)).spec))
+            results.write(spec_to_json(find_environment(arguments.env, _env_config(arguments)).spec))
         case "evaluate":
             weights = read_policy(arguments.policy)
             config = _env_config(arguments)
             result = evaluate(arguments.env, config, weights, arguments.episodes, arguments.seed)
-            _write(msgspec.json.encode(result))
+            results.write(msgspec.json.encode(result))
         case "envs":
             found = [find_environment(env, {}) for env in sorted(BUILT_IN)]
             rows = [
                 {"env": s.spec.env, "about": (s.world.__doc__ or "").strip().splitlines()[0], "spec": s.spec}
                 for s in found
             ]
-            _write(msgspec.json.encode(rows))
+            results.write(msgspec.json.encode(rows))
 
 
 def _parse() -> argparse.Namespace:
@@ -72,10 +91,6 @@ def _parse() -> argparse.Namespace:
 
 def _env_config(arguments: argparse.Namespace) -> dict[str, bool | int | float | str]:
     return msgspec.json.decode(arguments.env_config, type=dict[str, bool | int | float | str])
-
-
-def _write(content: bytes) -> None:
-    sys.stdout.buffer.write(content + b"\n")
 
 
 if __name__ == "__main__":

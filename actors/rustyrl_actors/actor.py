@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
 import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from rustyrl.channels import RolloutSender
-from rustyrl.errors import RunFailedError, UsageError
+from rustyrl.channels import RolloutSender, Sent
+from rustyrl.errors import RunFailedError, UsageError, WireError
 from rustyrl.rollout import Rollout, RolloutOrigin, Ticket, allocate_rollout
 from rustyrl.stages import Stages
 from rustyrl.weights import Weights
@@ -61,11 +61,18 @@ def run_actor(address: str, index: int) -> None:
             incarnation = secrets.randbits(62)
             welcome = _join(link, index, incarnation)
             fleet = _build_fleet(link, welcome, incarnation)
-            _answer_tickets(link, fleet)
+            try:
+                _answer_tickets(link, fleet)
+            finally:
+                fleet.close()
         except ConnectionAbortedError:
             log.info("the run is over")
-        except TimeoutError as error:
+        except (TimeoutError, WireError) as error:
             raise RunFailedError(f"{address}: {error}") from None
+        except BaseException as error:  # a world that raised, a signal: the learner is not to wait for the lease
+            with contextlib.suppress(TimeoutError, ConnectionAbortedError):
+                link.send(Refusal(f"{type(error).__name__}: {error}"[:1000]), timeout_s=1.0)
+            raise
 
 
 def _answer_tickets(link: RolloutSender, fleet: Fleet) -> None:
@@ -77,15 +84,15 @@ def _answer_tickets(link: RolloutSender, fleet: Fleet) -> None:
             link.send(Lease(), timeout_s=SEND_S)
             continue
         match received.message:
-            case WeightsHeader():
+            case WeightsHeader() as header:
                 with stages("load"):
-                    fleet.load(decode_weights_message(received.blob))
+                    fleet.load(decode_weights_message(received.blob), header.policy_version)
             case TicketMessage() as message:
                 recording = fleet.answer(message.ticket, stages)
                 with stages("encode"):
-                    header, blob = encode_rollout(recording.rollout)
+                    frame, blob = encode_rollout(recording.rollout)
                 with stages("send"):
-                    recording.sent = link.send_frames(header, blob, SEND_S).wait
+                    recording.sent = link.send_frames(frame, blob, SEND_S)
             case Goodbye():
                 log.info("the run is over")
                 link.send(Goodbye(), timeout_s=1.0)
@@ -96,10 +103,10 @@ def _answer_tickets(link: RolloutSender, fleet: Fleet) -> None:
 
 @dataclass(slots=True)
 class Recording:
-    """A buffer and, while its last rollout may still be on its way out, what waits for that."""
+    """A buffer and, once its rollout is on its way out, what tells when it has left."""
 
     buffer: UnrollBuffer
-    sent: Callable[[float], None] = field(default=lambda _timeout_s: None)
+    sent: Sent | None = None
 
     @property
     def rollout(self) -> Rollout:
@@ -117,22 +124,26 @@ class Fleet:
         self._worlds: dict[int, OwnedWorld] = {}
         self._recordings: dict[tuple[int, ...], list[Recording]] = {}
         self._weights: Weights | None = None
+        self._version = -1
         self._policies: dict[int, Policy] = {}
 
-    def load(self, weights: Weights) -> None:
+    def load(self, weights: Weights, policy_version: int) -> None:
         """Act under these weights from now on."""
         if (weights.spec.observation, weights.spec.action) != (self._source.spec.observation, self._source.spec.action):
             raise RunFailedError("the learner sent a policy for another environment")
-        self._weights = weights
+        self._weights, self._version = weights, policy_version
         for policy in self._policies.values():
             policy.load(weights)
 
     def answer(self, ticket: Ticket, stages: Stages) -> Recording:
         """Unroll the worlds of a ticket."""
+        if ticket.policy_version != self._version:
+            raise RunFailedError(f"a ticket names version {ticket.policy_version}, the weights are {self._version}")
         with stages("prepare"):
             worlds = [self._world(index, ticket.batch) for index in ticket.worlds]
             recording = self._recording(ticket.worlds)
-            recording.sent(SEND_S)
+            if recording.sent is not None:
+                recording.sent.wait(SEND_S)
             buffer = recording.buffer
             action = self._source.spec.action
             for world, columns in zip(worlds, buffer.columns, strict=True):

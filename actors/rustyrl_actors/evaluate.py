@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from rustyrl.errors import UsageError
+from rustyrl.errors import ContractError, UsageError
+from rustyrl.figures import episode_figures
 from rustyrl.weights import Weights
 from rustyrl_actors.catalog import find_environment
-from rustyrl_actors.environment import allocate_rows
+from rustyrl_actors.environment import StepRows, allocate_rows
 from rustyrl_actors.inference import Policy
 
 __all__ = ["evaluate"]
@@ -25,8 +26,10 @@ def evaluate(env: str, env_config: Mapping[str, Any], weights: Weights, episodes
     Only first episodes count, so that short ones are not over-represented.
 
     Returns:
-        ``episodes, return_mean, return_std, length_mean`` and the metrics that the world declares, NaN where no
-        episode gave a number.
+        ``episodes, return_mean, return_std, length_mean`` and the metrics that the world declares.
+
+    Raises:
+        ContractError: the world gave a number that is not finite.
     """
     parts: list[dict[str, Any]] = []
     left = episodes
@@ -35,18 +38,8 @@ def evaluate(env: str, env_config: Mapping[str, Any], weights: Weights, episodes
         parts.append(_first_episodes(env, {**env_config, "slots": slots}, weights, (seed, EVALUATION_STREAM, left)))
         left -= slots
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    result = {
-        "episodes": float(episodes),
-        "return_mean": float(joined["return"].mean()),
-        "return_std": float(joined["return"].std()),
-        "length_mean": float(joined["length"].mean()),
-    }
-    for metric in find_environment(env, env_config).spec.metrics:
-        values = joined[f"metric.{metric.episode_metric}"]
-        values = values[~np.isnan(values)]
-        aggregate = np.median if metric.aggregate == "median" else np.mean
-        result[metric.name] = float(aggregate(values)) if len(values) else float("nan")
-    return result
+    metrics = {name.removeprefix("metric."): values for name, values in joined.items() if name.startswith("metric.")}
+    return episode_figures(find_environment(env, env_config).spec, joined["return"], joined["length"], metrics)
 
 
 def _first_episodes(env: str, env_config: Mapping[str, Any], weights: Weights, seed: tuple[int, ...]) -> dict[str, Any]:
@@ -66,9 +59,12 @@ def _first_episodes(env: str, env_config: Mapping[str, Any], weights: Weights, s
     running = np.ones(spec.slots, bool)
     try:
         environment.reset(seed, rows.observation)
+        steps = 0
         while running.any():
             policy.act(rows.observation, None, action)
             step = environment.step(policy.clip(action, action), rows)
+            _check_finite(env, steps, rows)
+            steps += 1
             if (episodes := step.episodes) is None:
                 continue
             news = running[episodes.slot]
@@ -81,3 +77,10 @@ def _first_episodes(env: str, env_config: Mapping[str, Any], weights: Weights, s
     finally:
         environment.close()
     return first
+
+
+def _check_finite(env: str, step: int, rows: StepRows) -> None:
+    for name, array in {"reward": rows.reward, **rows.observation}.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            slot = int(np.argwhere(~np.isfinite(array))[0][0])
+            raise ContractError(f"{env!r}, slot {slot}, step {step} of an evaluation: {name} is not finite")

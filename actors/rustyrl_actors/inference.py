@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rustyrl.weights import PolicySpec, Weights, read_policy
+from rustyrl.weights import VARIANCE_FLOOR, PolicySpec, Weights, read_policy
 
 __all__ = ["Policy"]
 
 Floats = NDArray[np.float32]
-VARIANCE_FLOOR = 1e-8  # the learner's network adds the same, see rustyrl_learner.network
 
 
 class Policy:
@@ -34,7 +33,14 @@ class Policy:
         self._scratch = [np.empty((slots, n), np.float32) for n in sizes]
         self._input = np.empty((slots, self._layers[0][0].shape[0]), np.float32)
         self._activate = ACTIVATIONS[weights.spec.activation]
-        self._choices = np.empty(slots, np.int64)
+        action = weights.spec.action
+        if action.kind == "box":
+            self._low, self._high = (np.array(b, np.float32).reshape(action.shape) for b in (action.low, action.high))
+        else:
+            self._choices = np.empty(slots, np.int64)
+            self._column = np.empty((slots, 1), np.float32)
+            self._passed = np.empty((slots, action.count), bool)
+            self._first = np.arange(slots) * action.count  # where each slot's logits start, flattened
         self.load(weights)
 
     @classmethod
@@ -95,9 +101,7 @@ class Policy:
         """What the environment is given for a raw action `[W, ...]`: a box clipped to its bounds, into ``out``."""
         if self.spec.action.kind == "discrete":
             return action
-        low = np.asarray(self.spec.action.low, np.float32).reshape(self.spec.action.shape)
-        high = np.asarray(self.spec.action.high, np.float32).reshape(self.spec.action.shape)
-        return np.clip(action, low, high, out=out)
+        return np.clip(action, self._low, self._high, out=out)
 
     def _prepare(self, observation: dict[str, NDArray[np.generic]]) -> Floats:
         arrays = [observation[array.name].reshape(self.slots, -1) for array in self.spec.observation]
@@ -130,20 +134,25 @@ class Policy:
         self, logits: Floats, noise: Floats | None, action: NDArray[np.generic], log_prob: Floats | None
     ) -> None:
         if noise is None:
-            action[...] = np.argmax(logits, axis=1)
+            np.argmax(logits, axis=1, out=self._choices)
+            action[...] = self._choices
             return
-        probability = self._scratch[-1]
-        np.subtract(logits, logits.max(axis=1, keepdims=True), out=logits)
+        probability, column = self._scratch[-1], self._column
+        np.max(logits, axis=1, keepdims=True, out=column)
+        np.subtract(logits, column, out=logits)
         np.exp(logits, out=probability)
         np.cumsum(probability, axis=1, out=probability)
-        total = probability[:, -1:].copy()
-        threshold = noise * total
-        np.sum(probability <= threshold, axis=1, out=self._choices)
+        total = probability[:, -1:]
+        np.multiply(noise, total, out=column)
+        np.less_equal(probability, column, out=self._passed)
+        np.sum(self._passed, axis=1, out=self._choices)
         np.minimum(self._choices, logits.shape[1] - 1, out=self._choices)  # rounding at the upper end
         action[...] = self._choices
         if log_prob is not None:
-            chosen = np.take_along_axis(logits, self._choices[:, None], axis=1)
-            np.subtract(chosen[:, 0], np.log(total[:, 0]), out=log_prob)
+            np.log(total, out=column)
+            np.add(self._choices, self._first, out=self._choices)
+            np.take(logits, self._choices, out=log_prob, mode="clip")
+            np.subtract(log_prob, column[:, 0], out=log_prob)
 
 
 def _tanh(x: Floats, _scratch: Floats) -> None:

@@ -62,6 +62,7 @@ class BatchBuffer:
     worlds: int
     pin: bool
     answers: list[_Answer] = field(default_factory=list)
+    receive_s: dict[str, float] = field(default_factory=dict)  # what the receive thread spent, by stage
     _arrays: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import socket
 import threading
 import time
 from collections import deque
@@ -15,7 +16,9 @@ import msgspec
 from rustyrl.channels import Received, RolloutReceiver
 from rustyrl.config import Config
 from rustyrl.errors import RunFailedError, WireError
+from rustyrl.rollout import Ticket
 from rustyrl.spec import EnvironmentSpec
+from rustyrl.stages import Stages
 from rustyrl.wire import (
     Goodbye,
     Hello,
@@ -93,6 +96,8 @@ class Collector:
         self._complete: queue.Queue[BatchBuffer | BaseException] = queue.Queue()
         self._orders: deque[tuple[str, Any]] = deque()
         self._rejected_strangers: dict[str, int] = {}
+        self._dead: set[tuple[str, int]] = set()  # host and process id
+        self._stages = Stages()
         self._stopping = threading.Event()
         self._snapshot: dict[str, Any] = {}
         self._snapshot = self._describe()
@@ -147,10 +152,12 @@ class Collector:
                 self._check_start(deadline)
                 self._issue_tickets()
                 self._snapshot = self._describe()
+            self._follow_orders()
+            self._snapshot = self._describe()
             self._say_goodbye()
         except BaseException as error:  # it is raised again in the training thread
-            self._say_goodbye()
             self._complete.put(error)
+            self._say_goodbye()
 
     def _say_goodbye(self) -> None:
         """Tell every actor that the run is over and wait a little until they have heard it.
@@ -165,26 +172,40 @@ class Collector:
                     waiting.discard(received.peer)
 
     def _handle(self, received: Received) -> None:
-        actor = self._actors.get(received.peer)
-        if actor is not None:
+        peer, actor = received.peer, self._actors.get(received.peer)
+        idle = isinstance(received.message, Lease)
+        # An actor says that it lives only when it has nothing to do. If it owes an answer then, its ticket was lost
+        # on the way, and it is not to live for ever.
+        if actor is not None and not (idle and self._book.owing(peer)):
             actor.seen = time.monotonic()
         match received.message:
-            case RolloutHeader() as header:
-                self._take_rollout(received.peer, actor, header, received.blob)
+            case RolloutHeader() | Lease() if actor is None:
+                self._count_stranger("unknown-peer")
+                self._receiver.send(peer, Refusal("this learner does not know you, or gave you up as lost: join anew"))
+            case RolloutHeader() as header if actor is not None:
+                self._take_rollout(peer, actor, header, received.blob)
             case Hello() as hello:
-                self._welcome(received.peer, hello)
+                self._welcome(peer, hello)
             case Ready(fingerprint):
-                self._admit_actor(received.peer, actor, fingerprint)
+                self._admit_actor(peer, actor, fingerprint)
             case Lease():
                 pass
             case Goodbye() | Refusal():
-                self._lose(received.peer, "it left")
-            case WireError(reason=reason):
+                self._lose(peer, "it left")
+            case WireError(reason=reason) as error:
                 self._count_stranger(reason)
+                if actor is not None or reason == "wire-version":
+                    self._receiver.send(peer, Refusal(str(error)))
+                    self._lose(peer, f"it sent no message: {error}")
             case other:
                 self._count_stranger(f"unexpected-{type(other).__name__.lower()}")
 
     def _welcome(self, peer: bytes, hello: Hello) -> None:
+        if peer in self._actors:
+            self._count_stranger("second-hello")
+            return
+        if (hello.host, hello.pid) in self._dead:
+            return  # what a process had sent before it ended
         taken = {actor.index for actor in self._actors.values()}
         index = hello.index
         if index < 0:
@@ -220,25 +241,23 @@ class Collector:
                     f"has {fingerprint}: install the same code and set the same parameters on both sides"
                 ),
             )
-            del self._actors[peer]
+            self._lose(peer, "it has another environment")
             return
         if not actor.ready:
             actor.ready = True
             self._book.join(peer, actor.index)
             log.info("actor %d joined (pid %d on %s)", actor.index, actor.hello.pid, actor.hello.host)
 
-    def _take_rollout(self, peer: bytes, actor: _Actor | None, header: RolloutHeader, blob: memoryview) -> None:
-        try:
-            rollout = decode_rollout(header, blob)
-        except WireError as error:
-            self._count_stranger(error.reason)
-            return
-        ticket = rollout.origin.ticket
-        if actor is None or not self._book.owes(peer, ticket):
+    def _take_rollout(self, peer: bytes, actor: _Actor, header: RolloutHeader, blob: memoryview) -> None:
+        ticket = Ticket(header.batch, header.policy_version, header.worlds)
+        if not self._book.owes(peer, ticket) or header.actor_incarnation != actor.hello.incarnation:
             self._count_stranger("ticket")
             return
         try:
-            admit(rollout, self._spec, self._config.batch.unroll_length, self._incarnation)
+            with self._stages("decode"):
+                rollout = decode_rollout(header, blob)
+            with self._stages("admit"):
+                admit(rollout, self._spec, self._config.batch.unroll_length, self._incarnation)
         except WireError as error:
             log.warning("refused a rollout of actor %d: %s", actor.index, error)
             if not self._book.reject(peer, ticket, error.reason):
@@ -249,22 +268,24 @@ class Collector:
         if buffer is None:
             buffer = self._filling[ticket.batch] = self._free.pop()
             buffer.begin(ticket.batch)
-        buffer.place(rollout)
+        with self._stages("place"):
+            buffer.place(rollout)
         actor.steps += int(rollout.valid.sum())
         actor.rollouts += 1
         if self._book.accept(peer, ticket):
             self._done.add(ticket.batch)
         while self._next_batch in self._done:  # in order, whichever was complete first
             self._done.remove(self._next_batch)
-            self._complete.put(self._filling.pop(self._next_batch))
+            complete = self._filling.pop(self._next_batch)
+            complete.receive_s = self._stages.take()
+            self._complete.put(complete)
             self._next_batch += 1
 
     def _follow_orders(self) -> None:
         while self._orders:
             order, what = self._orders.popleft()
             if order == "death":
-                for peer in [p for p, actor in self._actors.items() if actor.hello.pid == what]:
-                    self._lose(peer, "its process ended")
+                self._bury(what)
                 continue
             buffer, version, weights, rejected = what
             self._book.finish(buffer.number, rejected)
@@ -273,6 +294,18 @@ class Collector:
             self._blobs[version] = weights
             for old in [v for v in self._blobs if v < version - self._config.batch.max_policy_lag]:
                 del self._blobs[old]
+
+    def _bury(self, pid: int) -> None:
+        """Take it that a process of this machine has ended, whether it had said hello or not."""
+        name = (socket.gethostname(), pid)
+        if name in self._dead:
+            return
+        self._dead.add(name)
+        peers = [peer for peer, actor in self._actors.items() if (actor.hello.host, actor.hello.pid) == name]
+        for peer in peers:
+            self._lose(peer, "its process ended")
+        if not peers and not self._started:
+            self._expect = max(1, self._expect - 1)
 
     def _issue_tickets(self) -> None:
         if not self._started:

@@ -87,8 +87,11 @@ def _check_contract(rollout: Rollout, spec: EnvironmentSpec) -> None:
     numbers |= {f"action {name!r}": array for name, array in rollout.action.items()}
     numbers["behavior_log_prob"] = rollout.behavior_log_prob
     for name, array in numbers.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            t, slot = np.argwhere(~np.isfinite(array))[0][:2]
+        if array.dtype.kind != "f" or np.isfinite(array).all():
+            continue
+        for t, slot in np.argwhere(~np.isfinite(array))[:, :2]:
+            if t < len(rollout.valid) and not rollout.valid[t, slot]:
+                continue  # what stands where there was no agent means nothing
             value = array[t, slot].ravel()
             raise ContractError(
                 f"{_where(rollout, spec, int(t), int(slot))}: {name} holds {value[~np.isfinite(value)][0]}; "

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rustyrl.channels import ControlClient, RolloutReceiver
-from rustyrl.condition import Condition, meets, parse_condition
+from rustyrl.condition import meets
 from rustyrl.config import Config
 from rustyrl.errors import ContractError, RunFailedError, UsageError
+from rustyrl.goal import evaluation_conditions
 from rustyrl.processes import available_cores
+from rustyrl.run_folder import read_best
 from rustyrl.spec import EnvironmentSpec
 from rustyrl.stages import Stages
 from rustyrl.weights import PolicySpec, encode_weights, read_policy
@@ -27,7 +32,7 @@ from rustyrl_learner.checkpoint import Counters
 from rustyrl_learner.collector import Collector
 from rustyrl_learner.network import ActorCritic, export_weights, import_weights
 from rustyrl_learner.normalizer import ObservationNormalizer
-from rustyrl_learner.ppo import ppo_update
+from rustyrl_learner.ppo import Losses, ppo_update
 from rustyrl_learner.record import EpisodeWindow, MetricsLog
 
 __all__ = ["Learner", "StopRequestedError", "choose_device"]
@@ -68,7 +73,7 @@ class Learner:
         self._stages = Stages()
         self._stages_s: dict[str, float] = {}
         self._window = EpisodeWindow(spec)
-        self._conditions = evaluation_conditions(config, spec)
+        self._conditions = evaluation_conditions(config.run, spec)
         self._candidates: list[int] = []
         self._best: int | None = None
         self._reported = 0.0
@@ -98,10 +103,8 @@ class Learner:
             self._network.parameters(), lr=config.ppo.learning_rate, eps=config.ppo.adam_epsilon, fused=True
         )
         self._counters = Counters(learning_rate=config.ppo.learning_rate)
-        if config.run.init and not resume:
+        if not (resume and self._resume()) and config.run.init:
             self._start_from(Path(config.run.init))
-        if resume:
-            self._resume()
         self._log = MetricsLog(run, self._counters.policy_version)
         self._receiver = RolloutReceiver(listen)
         self._collector = Collector(
@@ -125,6 +128,9 @@ class Learner:
                 self._update_once()
         except StopRequestedError as stop:
             reason = str(stop)
+        except ContractError:  # what was learned before a world failed is sound
+            self._save_checkpoint()
+            raise
         self._save_checkpoint()
         if reason == "total_steps":
             self._await_candidates()
@@ -150,8 +156,9 @@ class Learner:
             batch = buffer.to_device(self._device)
             self._window.add(buffer.episodes())
         warm_up = self._normalizer is not None and self._normalizer.count == 0
+        trained = 0 if warm_up else int(batch.valid.sum())
         losses = None
-        if not warm_up:  # with a normaliser, the first batch only initialises it
+        if trained:  # with a normaliser, the first batch only initialises it
             with stages("advantages"):
                 lagged = config.batch.max_policy_lag > 0
                 ppo = config.ppo
@@ -160,11 +167,14 @@ class Learner:
                 )
             with stages("update"):
                 rate = self._learning_rate()
-                losses = ppo_update(self._network, self._optimizer, training, ppo, rate, self._shuffle)
+                losses = self._abandonable(
+                    lambda: ppo_update(
+                        self._network, self._optimizer, training, ppo, rate, self._shuffle, self._follow_orders
+                    )
+                )
         if self._normalizer is not None:
             with stages("normalize"):
                 self._normalizer.fold(batch.observation[:-1][batch.valid])
-        trained = 0 if warm_up else int(batch.valid.sum())
         self._counters = Counters(
             policy_version=self._counters.policy_version + 1,
             steps=self._counters.steps + trained,
@@ -174,10 +184,19 @@ class Learner:
         with stages("export"):
             weights = encode_weights(export_weights(self._network, self._normalizer))
         with stages("publish"):
-            actor_stage_s = buffer.actor_stage_s()
+            actor_s, receive_s = buffer.actor_stage_s(), buffer.receive_s
             rejected = "warm-up" if warm_up else None
             self._collector.publish(buffer, self._counters.policy_version, weights, rejected)
-        self._record(asdict(losses) if losses else {}, actor_stage_s)
+        self._record(asdict(losses) if losses else {}, {"receive_s": receive_s, "actor_s": actor_s})
+
+    def _abandonable(self, update: Callable[[], Losses]) -> Losses:
+        """Run an update; if it is stopped half-way, everything is as it was before."""
+        before = {name: tensor.clone() for name, tensor in self._state().items()}
+        try:
+            return update()
+        except StopRequestedError:
+            self._set_state(before)
+            raise
 
     def _next_batch(self) -> Any:
         while True:
@@ -195,11 +214,13 @@ class Learner:
 
     def _learning_rate(self) -> float:
         ppo, limit = self._config.ppo, self._config.run.total_steps
-        if ppo.schedule != "linear":
+        if ppo.schedule == "kl":
             return self._counters.learning_rate
+        if ppo.schedule == "constant":
+            return ppo.learning_rate
         return ppo.learning_rate * max(0.0, 1.0 - self._counters.steps / limit)
 
-    def _record(self, losses: dict[str, Any], actor_stage_s: dict[str, float]) -> None:
+    def _record(self, losses: dict[str, Any], stages_s: dict[str, dict[str, float]]) -> None:
         version, run = self._counters.policy_version, self._config.run
         learner_s = self._stages.take()
         self._stages_s = {n: self._stages_s.get(n, 0.0) + learner_s.get(n, 0.0) for n in self._stages_s | learner_s}
@@ -212,7 +233,7 @@ class Learner:
                 **self._window.figures(),
                 **losses,
                 "learner_s": learner_s,
-                "actor_s": actor_stage_s,
+                **stages_s,
             }
         )
         if version % run.eval_every == 0 and self._near_goal():
@@ -229,13 +250,7 @@ class Learner:
         return bool(self._conditions) and enough and meets(self._conditions, figures)
 
     def _save_checkpoint(self) -> Path:
-        tensors = {f"network.{name}": tensor for name, tensor in self._network.state_dict().items()}
-        tensors |= checkpoint.optimizer_tensors(self._optimizer)
-        tensors["shuffle"] = self._shuffle.get_state()
-        if self._normalizer is not None:
-            tensors["normalizer.mean"] = self._normalizer.mean
-            tensors["normalizer.variance"] = self._normalizer.variance
-            tensors["normalizer.count"] = torch.tensor([self._normalizer.count], dtype=torch.float64)
+        tensors = self._state()
         folder = self._run_folder / "checkpoints"
         policy = encode_weights(export_weights(self._network, self._normalizer))
         path = checkpoint.save(folder, self._counters, policy, tensors, self._spec.fingerprint, self._incarnation)
@@ -243,24 +258,44 @@ class Learner:
         checkpoint.prune(folder, self._config.run.checkpoints_kept, protected)
         return path
 
-    def _resume(self) -> None:
+    def _state(self) -> dict[str, Tensor]:
+        """Every tensor that training goes on from, by name; not copies."""
+        tensors: dict[str, Tensor] = {f"network.{name}": t for name, t in self._network.state_dict().items()}
+        tensors |= checkpoint.optimizer_tensors(self._optimizer)
+        tensors["shuffle"] = self._shuffle.get_state()
+        if self._normalizer is not None:
+            tensors["normalizer.mean"] = self._normalizer.mean
+            tensors["normalizer.variance"] = self._normalizer.variance
+            tensors["normalizer.count"] = torch.tensor([self._normalizer.count], dtype=torch.float64)
+        return tensors
+
+    def _set_state(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `_state` gave; raises `RuntimeError` if the networks are others."""
+        network = {n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")}
+        self._network.load_state_dict(network)
+        checkpoint.restore_optimizer(self._optimizer, tensors)
+        self._shuffle.set_state(tensors["shuffle"])
+        if self._normalizer is not None and "normalizer.mean" in tensors:
+            arrays = {n: t.cpu().numpy() for n, t in tensors.items() if n.startswith("normalizer.")}
+            self._normalizer.set_arrays(arrays)
+
+    def _resume(self) -> bool:
+        """Take the newest checkpoint's state; False if there is none."""
         folder = self._run_folder / "checkpoints"
         loaded = checkpoint.load_newest(folder, self._spec.fingerprint)
         if loaded is None:
             log.warning("nothing to resume from in %s, starting anew", folder)
-            return
+            return False
         manifest, tensors, path = loaded
-        names = [name.removeprefix("network.") for name in tensors if name.startswith("network.")]
         try:
-            self._network.load_state_dict({name: tensors[f"network.{name}"] for name in names})
+            self._set_state(tensors)
         except RuntimeError as error:
             raise UsageError(f"{path} holds other networks than the configuration describes: {error}") from None
-        checkpoint.restore_optimizer(self._optimizer, tensors)
-        self._shuffle.set_state(tensors["shuffle"])
-        if self._normalizer is not None and "normalizer.mean" in tensors:
-            self._normalizer.set_arrays({n: t.numpy() for n, t in tensors.items() if n.startswith("normalizer.")})
         self._counters = manifest.counters
+        best = read_best(self._run_folder)
+        self._best = best.version if best else None
         log.info("resumed from %s: version %d", path, self._counters.policy_version)
+        return True
 
     def _start_from(self, path: Path) -> None:
         try:
@@ -294,7 +329,8 @@ class Learner:
 
     def _report(self) -> None:
         self._reported = time.monotonic()
-        self._control.send({"kind": "report", **self._figures(self._collector.snapshot())})
+        with contextlib.suppress(TimeoutError):  # a launcher that is stopped for a while reads it later or never
+            self._control.send({"kind": "report", **self._figures(self._collector.snapshot())})
 
     def _figures(self, snapshot: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -331,16 +367,6 @@ def default_threads() -> int:
     A thread too many costs more than it brings: the others spin while it waits for a core.
     """
     return max(1, min(4, available_cores() - 1))
-
-
-def evaluation_conditions(config: Config, spec: EnvironmentSpec) -> tuple[Condition, ...]:
-    """What training episodes must reach before versions are evaluated; empty switches evaluation off."""
-    run = config.run
-    if run.stop_at:
-        return tuple(parse_condition(text).relaxed() for text in run.stop_at)
-    if run.total_steps or run.max_seconds:
-        return ()
-    return tuple(parse_condition(text) for text in spec.evaluate_from)
 
 
 def run_learner(learner: Learner, control: ControlClient) -> int:

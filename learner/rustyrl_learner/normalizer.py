@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["ObservationNormalizer"]
+from rustyrl.weights import VARIANCE_FLOOR
 
-VARIANCE_FLOOR = 1e-8  # rustyrl_actors.inference adds the same
+__all__ = ["ObservationNormalizer"]
 
 
 class ObservationNormalizer:

@@ -51,7 +51,7 @@ class TrainingBatch:
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """What one update did, averaged over its minibatches; ``learning_rate`` is the last one used.
+    """What one update did, averaged over its minibatches; ``learning_rate`` is the one to go on with.
 
     approx_kl, clip_fraction: against the version that the update started from.
     first_ratio_error: the largest |probability now / at collection - 1| in the first minibatch, before any step:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from rustyrl.figures import episode_figures
 from rustyrl.rollout import EpisodeRows
 from rustyrl.spec import EnvironmentSpec
 
@@ -38,19 +39,7 @@ class EpisodeWindow:
         if not self._episodes:
             return {}
         columns = {name: np.array([e[name] for e in self._episodes]) for name in self._episodes[0]}
-        result = {
-            "episodes": float(len(self._episodes)),
-            "return_mean": float(columns["return"].mean()),
-            "return_std": float(columns["return"].std()),
-            "length_mean": float(columns["length"].mean()),
-        }
-        for metric in self._spec.metrics:
-            values = columns[metric.episode_metric]
-            values = values[~np.isnan(values)]
-            if len(values):
-                aggregate = np.median if metric.aggregate == "median" else np.mean
-                result[metric.name] = float(aggregate(values))
-        return result
+        return episode_figures(self._spec, columns.pop("return"), columns.pop("length"), columns)
 
 
 class MetricsLog:

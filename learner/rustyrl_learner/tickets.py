@@ -79,6 +79,8 @@ class TicketBook:
 
     def join(self, peer: bytes, index: int) -> None:
         """Count an actor in; it gets worlds at the next batch edge."""
+        if peer in self._members:
+            raise ValueError(f"peer {peer!r} is a member already")
         self._members[peer] = Member(peer, index)
         self._unbalanced = True
 
@@ -120,6 +122,11 @@ class TicketBook:
         """Whether this actor is to answer exactly this ticket."""
         member = self._members.get(peer)
         return member is not None and ticket in member.outstanding
+
+    def owing(self, peer: bytes) -> bool:
+        """Whether this actor has a ticket to answer."""
+        member = self._members.get(peer)
+        return member is not None and bool(member.outstanding)
 
     def accept(self, peer: bytes, ticket: Ticket) -> bool:
         """Count an answer in; True when it completes its batch."""

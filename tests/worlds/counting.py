@@ -76,3 +76,13 @@ class Counting:
     def observe(self, rows: np.ndarray | slice) -> None:
         self.agent.observation["position"][rows, 0] = self.position[rows]
         self.agent.observation["target"][rows, 0] = self.target[rows]
+
+
+class Talkative(Counting):
+    """A world that prints, as games do, more than a pipe holds."""
+
+    name = "talkative"
+
+    def reset(self, rows: np.ndarray, rng: np.random.Generator) -> None:
+        print("hello from the world " * 2000)
+        super().reset(rows, rng)

@@ -1,0 +1,44 @@
+"""Many episodes summed up: the same figures for training and for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rustyrl.spec import EnvironmentSpec
+
+__all__ = ["episode_figures"]
+
+
+def episode_figures(
+    spec: EnvironmentSpec,
+    episode_return: NDArray[np.floating],
+    length: NDArray[np.number],
+    metrics: Mapping[str, NDArray[np.floating]],
+) -> dict[str, float]:
+    """``episodes, return_mean, return_std, length_mean`` and the metrics that the world declares.
+
+    Args:
+        spec: declares how each metric is summed up.
+        episode_return: `[N]`, N at least 1.
+        length: `[N]` env steps.
+        metrics: per-episode metric to `[N]`, NaN where it means nothing.
+
+    Returns:
+        Declared metrics for which every episode reported NaN are left out.
+    """
+    figures = {
+        "episodes": float(len(episode_return)),
+        "return_mean": float(np.mean(episode_return)),
+        "return_std": float(np.std(episode_return)),
+        "length_mean": float(np.mean(length)),
+    }
+    for metric in spec.metrics:
+        values = metrics[metric.episode_metric]
+        values = values[~np.isnan(values)]
+        if len(values):
+            aggregate = np.median if metric.aggregate == "median" else np.mean
+            figures[metric.name] = float(aggregate(values))
+    return figures

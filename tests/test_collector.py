@@ -1,0 +1,229 @@
+"""The receive thread against actors that misbehave: nothing hangs, and everything is accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from clusters import poll
+
+from rustyrl import configure
+from rustyrl.channels import RolloutReceiver, RolloutSender
+from rustyrl.rollout import RolloutOrigin, allocate_rollout
+from rustyrl.weights import PolicySpec, encode_weights
+from rustyrl.wire import (
+    Hello,
+    Lease,
+    Ready,
+    Refusal,
+    TicketMessage,
+    WeightsHeader,
+    Welcome,
+    encode_message,
+    encode_rollout,
+)
+from rustyrl_learner.collector import Collector
+from rustyrl_learner.network import ActorCritic, export_weights
+
+LAYERS = {
+    "run": {"env": "cartpole"},
+    "env": {"slots": 2},
+    "batch": {"worlds": 2, "unroll_length": 4, "max_policy_lag": 0},
+    "cluster": {"lease_s": 0.5},
+}
+CONFIG, SPEC = configure(LAYERS)
+
+
+class Peer:
+    """An actor whose every message the test writes."""
+
+    def __init__(self, address: str, index: int, pid: int) -> None:
+        self.link = RolloutSender(address)
+        self.link.send(Hello(index, 100 + index, pid, "elsewhere"))
+        self.welcome = self.next(Welcome)
+        self.index = index
+
+    def next(self, kind: type) -> Any:
+        """The next message, which is to be of a kind."""
+        received = self.link.receive(10.0)
+        assert received is not None, f"no {kind.__name__}"
+        assert isinstance(received.message, kind), received.message
+        return received.message
+
+    def ready(self) -> None:
+        self.link.send(Ready(SPEC.fingerprint))
+
+    def ticket(self) -> TicketMessage:
+        """The next ticket, and the weights ahead of it if they come."""
+        received = self.link.receive(10.0)
+        assert received is not None
+        if isinstance(received.message, WeightsHeader):
+            return self.next(TicketMessage)
+        assert isinstance(received.message, TicketMessage), received.message
+        return received.message
+
+    def frames(self, ticket: TicketMessage) -> tuple[bytes, bytearray]:
+        """A valid answer."""
+        origin = RolloutOrigin(SPEC.fingerprint, "main", ticket.ticket, 0, self.index, 100 + self.index)
+        rollout = allocate_rollout(SPEC, 4, 2 * len(ticket.worlds), origin)
+        for array in (rollout.observation["main"], rollout.action["main"], rollout.behavior_log_prob, rollout.reward):
+            array[...] = 0
+        rollout.terminated[...] = rollout.truncated[...] = False
+        rollout.valid[...] = True
+        header, blob = encode_rollout(rollout)
+        return header, bytearray(blob)
+
+    def answer(self, ticket: TicketMessage, *, broken: bool = False) -> None:
+        header, blob = self.frames(ticket)
+        if broken:  # the flags are bytes that are neither False nor True
+            flags = np.frombuffer(blob, np.uint8)
+            flags[len(flags) // 2 :] = 7
+        self.link.send_frames(header, bytes(blob), 5.0).wait(5.0)
+
+
+@pytest.fixture
+def collector(tmp_path) -> Iterator[tuple[Collector, RolloutReceiver]]:
+    torch.manual_seed(0)
+    policy = PolicySpec(SPEC.observation, SPEC.action, (4,), "tanh", normalize=False)
+    weights = encode_weights(export_weights(ActorCritic(policy, shared=False, initial_log_std=0.0), None))
+    receiver = RolloutReceiver(f"ipc://{tmp_path}/link")
+    collector = Collector(receiver, SPEC, CONFIG, 0, 1, 0, weights, pin=False)
+    collector.start()
+    yield collector, receiver
+    tickets = collector.close()["tickets"]
+    assert tickets["issued"] == (
+        tickets["trained"] + sum(tickets["rejected"].values()) + tickets["lost"] + tickets["outstanding"]
+    )
+
+
+def tickets(collector: Collector) -> dict[str, Any]:
+    return collector.snapshot()["tickets"]
+
+
+def test_an_answer_that_cannot_be_decoded_is_rejected_and_asked_for_again(collector):
+    thread, receiver = collector
+    peer = Peer(receiver.address, 0, 1)
+    with peer.link:
+        peer.ready()
+        peer.answer(peer.ticket(), broken=True)
+        peer.answer(peer.ticket())  # the same worlds once more
+        assert thread.next_batch(10.0) is not None
+        poll(lambda: tickets(thread)["rejected"] == {"malformed": 1}, "the rejection in the books")
+
+
+def test_an_actor_whose_answers_are_refused_three_times_is_sent_away(collector):
+    thread, receiver = collector
+    peer = Peer(receiver.address, 0, 1)
+    with peer.link:
+        peer.ready()
+        for _ in range(3):
+            peer.answer(peer.ticket(), broken=True)
+        assert "refused three times" in peer.next(Refusal).reason
+        poll(lambda: not thread.snapshot()["actors"], "no actor")
+
+
+def test_a_second_hello_or_ready_changes_nothing(collector):
+    thread, receiver = collector
+    peer = Peer(receiver.address, 0, 1)
+    with peer.link:
+        peer.ready()
+        ticket = peer.ticket()
+        peer.link.send(Hello(-1, 7, 7, "elsewhere"))
+        peer.ready()
+        peer.answer(ticket)
+        assert thread.next_batch(10.0) is not None
+        poll(lambda: thread.snapshot()["refused_messages"] == {"second-hello": 1}, "the count")
+        assert len(thread.snapshot()["actors"]) == 1
+
+
+def test_an_index_is_given_once(collector):
+    _, receiver = collector
+    peer = Peer(receiver.address, 3, 1)
+    with peer.link, RolloutSender(receiver.address) as other:
+        other.send(Hello(3, 8, 8, "elsewhere"))
+        received = other.receive(10.0)
+        assert received is not None
+        assert isinstance(received.message, Refusal)
+        assert "index 3" in received.message.reason
+
+
+def test_an_actor_that_waits_although_it_owes_an_answer_is_lost_and_told(collector):
+    """Its ticket never reached it: its leases must not keep the batch waiting for ever."""
+    thread, receiver = collector
+    peer = Peer(receiver.address, 0, 1)
+    with peer.link:
+        peer.ready()
+        assert peer.ticket().worlds == (0, 1)
+
+        def lost() -> bool:
+            peer.link.send(Lease())
+            return tickets(thread)["lost"] == 1
+
+        poll(lost, "the ticket to be given up")
+        assert "gave you up" in peer.next(Refusal).reason
+    other = Peer(receiver.address, 1, 2)
+    with other.link:
+        other.ready()
+        other.answer(other.ticket())
+        buffer = thread.next_batch(10.0)
+        assert buffer is not None
+        assert buffer.number == 0
+
+
+def test_an_idle_actor_that_says_so_is_kept(collector):
+    thread, receiver = collector
+    peer = Peer(receiver.address, 0, 1)
+    with peer.link:
+        peer.ready()
+        peer.answer(peer.ticket())
+        assert thread.next_batch(10.0) is not None
+        leases = 0
+
+        def aged() -> bool:
+            nonlocal leases
+            peer.link.send(Lease())
+            leases += 1
+            return leases > 150  # of 10 ms and more each: three times the lease
+
+        poll(aged, "time to pass")
+        assert [actor["index"] for actor in thread.snapshot()["actors"]] == [0]
+
+
+def test_a_stranger_that_sends_rollouts_is_told_that_nobody_knows_it(collector):
+    thread, receiver = collector
+    with RolloutSender(receiver.address) as stranger:
+        stranger.send(Lease())
+        received = stranger.receive(10.0)
+        assert received is not None
+        assert isinstance(received.message, Refusal)
+        poll(lambda: thread.snapshot()["refused_messages"] == {"unknown-peer": 1}, "the count")
+
+
+def test_another_wire_version_is_refused_with_what_to_do(collector):
+    _, receiver = collector
+    with RolloutSender(receiver.address) as link:
+        header = bytearray(encode_message(Hello(0, 1, 2, "here")))
+        header[1] = 99  # [version, body]: a fixarray, then the version as a positive fixint
+        link.send_frames(bytes(header), b"", 5.0)
+        received = link.receive(10.0)
+        assert received is not None
+        assert isinstance(received.message, Refusal)
+        assert "install the same rustyrl" in received.message.reason
+
+
+def test_a_death_before_hello_does_not_keep_the_first_batch_waiting(tmp_path):
+    receiver = RolloutReceiver(f"ipc://{tmp_path}/link")
+    policy = PolicySpec(SPEC.observation, SPEC.action, (4,), "tanh", normalize=False)
+    weights = encode_weights(export_weights(ActorCritic(policy, shared=False, initial_log_std=0.0), None))
+    thread = Collector(receiver, SPEC, CONFIG, 0, 2, 0, weights, pin=False)
+    thread.start()
+    peer = Peer(receiver.address, 0, 1)
+    with peer.link:
+        peer.ready()
+        thread.report_death(12345)
+        thread.report_death(12345)
+        assert peer.ticket().worlds == (0, 1)
+    thread.close()
