@@ -14,10 +14,14 @@ GRACE_S = 5.0
 SLACK_S = 3.0  # for this machine to schedule what the grace does not cover: interpreter start and exit
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_after_a_last_checkpoint(start, number, expected):
-    cluster = start(*ENDLESS)
-    cluster.await_version(3)
+@pytest.mark.parametrize(
+    ("number", "expected", "settings", "version"),
+    [(signal.SIGINT, 130, (), 3), (signal.SIGTERM, 143, ("--set", "ppo.epochs=1000"), 1)],
+    ids=["interrupt", "terminate in a long update"],
+)
+def test_a_signal_ends_the_run_after_a_last_checkpoint(start, number, expected, settings, version):
+    cluster = start(*ENDLESS, *settings)
+    cluster.await_version(version)
     cluster.process.send_signal(number)
     started = time.monotonic()
     code, _, err = cluster.wait()

@@ -140,7 +140,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     for key, tensor in tensors.items():
         if key.startswith("optimizer."):
             _, index, name = key.split(".")
-            content["state"].setdefault(int(index), {})[name] = tensor
+            content["state"].setdefault(int(index), {})[name] = tensor.clone()  # torch would keep and change it
     optimizer.load_state_dict(content)
 
 

@@ -7,14 +7,12 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rustyrl.channels import ControlClient, RolloutReceiver
 from rustyrl.condition import meets
@@ -25,15 +23,13 @@ from rustyrl.processes import available_cores
 from rustyrl.run_folder import read_best
 from rustyrl.spec import EnvironmentSpec
 from rustyrl.stages import Stages
-from rustyrl.weights import PolicySpec, encode_weights, read_policy
 from rustyrl_learner import checkpoint
 from rustyrl_learner.advantage import training_batch
 from rustyrl_learner.checkpoint import Counters
 from rustyrl_learner.collector import Collector
-from rustyrl_learner.network import ActorCritic, export_weights, import_weights
-from rustyrl_learner.normalizer import ObservationNormalizer
-from rustyrl_learner.ppo import Losses, ppo_update
+from rustyrl_learner.ppo import ppo_update
 from rustyrl_learner.record import EpisodeWindow, MetricsLog
+from rustyrl_learner.training import Training
 
 __all__ = ["Learner", "StopRequestedError", "choose_device"]
 
@@ -81,30 +77,10 @@ class Learner:
         self._device = choose_device(config.run.device)
         if self._device.type == "cpu":
             torch.set_num_threads(config.run.threads or default_threads())
-        torch.manual_seed(config.run.seed)
-        self._shuffle = torch.Generator().manual_seed(config.run.seed)
-        policy = PolicySpec(
-            observation=spec.observation,
-            action=spec.action,
-            hidden=config.policy.hidden,
-            activation=config.policy.activation,
-            normalize=config.policy.normalize,
-            observation_clip=config.policy.observation_clip,
-        )
-        self._network = ActorCritic(
-            policy, shared=config.policy.trunk == "shared", initial_log_std=config.policy.initial_log_std
-        ).to(self._device)
-        self._normalizer = (
-            ObservationNormalizer(spec.observation_width, config.policy.observation_clip, self._device)
-            if config.policy.normalize
-            else None
-        )
-        self._optimizer = torch.optim.Adam(
-            self._network.parameters(), lr=config.ppo.learning_rate, eps=config.ppo.adam_epsilon, fused=True
-        )
+        self._training = Training(config, spec, self._device)
         self._counters = Counters(learning_rate=config.ppo.learning_rate)
         if not (resume and self._resume()) and config.run.init:
-            self._start_from(Path(config.run.init))
+            self._training.start_from(Path(config.run.init))
         self._log = MetricsLog(run, self._counters.policy_version)
         self._receiver = RolloutReceiver(listen)
         self._collector = Collector(
@@ -114,7 +90,7 @@ class Learner:
             incarnation,
             expect,
             self._counters.policy_version,
-            encode_weights(export_weights(self._network, self._normalizer)),
+            self._training.weights(),
             pin=self._device.type == "cuda",
         )
         self._started = time.monotonic() - self._counters.seconds
@@ -149,32 +125,27 @@ class Learner:
 
     def _update_once(self) -> None:
         """One batch to one policy version: stops 6 to 10 of the straight line."""
-        config, stages = self._config, self._stages
+        ppo, stages, training = self._config.ppo, self._stages, self._training
         with stages("wait"):
             buffer = self._next_batch()
         with stages("batch"):
             batch = buffer.to_device(self._device)
             self._window.add(buffer.episodes())
-        warm_up = self._normalizer is not None and self._normalizer.count == 0
+        warm_up = training.warming_up
         trained = 0 if warm_up else int(batch.valid.sum())
         losses = None
-        if trained:  # with a normaliser, the first batch only initialises it
+        if trained:
             with stages("advantages"):
-                lagged = config.batch.max_policy_lag > 0
-                ppo = config.ppo
-                training = training_batch(
-                    self._network, self._normalizer, batch, ppo.gamma, ppo.gae_lambda, lagged=lagged
+                lagged = self._config.batch.max_policy_lag > 0
+                rows = training_batch(
+                    training.network, training.normalizer, batch, ppo.gamma, ppo.gae_lambda, lagged=lagged
                 )
-            with stages("update"):
-                rate = self._learning_rate()
-                losses = self._abandonable(
-                    lambda: ppo_update(
-                        self._network, self._optimizer, training, ppo, rate, self._shuffle, self._follow_orders
-                    )
-                )
-        if self._normalizer is not None:
+            with stages("update"), training.whole_or_undone():  # a stop abandons it half-way
+                rate, ask = self._learning_rate(), self._follow_orders
+                losses = ppo_update(training.network, training.optimizer, rows, ppo, rate, training.shuffle, ask)
+        if training.normalizer is not None:
             with stages("normalize"):
-                self._normalizer.fold(batch.observation[:-1][batch.valid])
+                training.normalizer.fold(batch.observation[:-1][batch.valid])
         self._counters = Counters(
             policy_version=self._counters.policy_version + 1,
             steps=self._counters.steps + trained,
@@ -182,21 +153,12 @@ class Learner:
             learning_rate=losses.learning_rate if losses else self._counters.learning_rate,
         )
         with stages("export"):
-            weights = encode_weights(export_weights(self._network, self._normalizer))
+            weights = training.weights()
         with stages("publish"):
             actor_s, receive_s = buffer.actor_stage_s(), buffer.receive_s
             rejected = "warm-up" if warm_up else None
             self._collector.publish(buffer, self._counters.policy_version, weights, rejected)
         self._record(asdict(losses) if losses else {}, {"receive_s": receive_s, "actor_s": actor_s})
-
-    def _abandonable(self, update: Callable[[], Losses]) -> Losses:
-        """Run an update; if it is stopped half-way, everything is as it was before."""
-        before = {name: tensor.clone() for name, tensor in self._state().items()}
-        try:
-            return update()
-        except StopRequestedError:
-            self._set_state(before)
-            raise
 
     def _next_batch(self) -> Any:
         while True:
@@ -250,34 +212,12 @@ class Learner:
         return bool(self._conditions) and enough and meets(self._conditions, figures)
 
     def _save_checkpoint(self) -> Path:
-        tensors = self._state()
+        tensors, policy = self._training.state(), self._training.weights()
         folder = self._run_folder / "checkpoints"
-        policy = encode_weights(export_weights(self._network, self._normalizer))
         path = checkpoint.save(folder, self._counters, policy, tensors, self._spec.fingerprint, self._incarnation)
         protected = {*self._candidates, *([] if self._best is None else [self._best])}
         checkpoint.prune(folder, self._config.run.checkpoints_kept, protected)
         return path
-
-    def _state(self) -> dict[str, Tensor]:
-        """Every tensor that training goes on from, by name; not copies."""
-        tensors: dict[str, Tensor] = {f"network.{name}": t for name, t in self._network.state_dict().items()}
-        tensors |= checkpoint.optimizer_tensors(self._optimizer)
-        tensors["shuffle"] = self._shuffle.get_state()
-        if self._normalizer is not None:
-            tensors["normalizer.mean"] = self._normalizer.mean
-            tensors["normalizer.variance"] = self._normalizer.variance
-            tensors["normalizer.count"] = torch.tensor([self._normalizer.count], dtype=torch.float64)
-        return tensors
-
-    def _set_state(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `_state` gave; raises `RuntimeError` if the networks are others."""
-        network = {n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")}
-        self._network.load_state_dict(network)
-        checkpoint.restore_optimizer(self._optimizer, tensors)
-        self._shuffle.set_state(tensors["shuffle"])
-        if self._normalizer is not None and "normalizer.mean" in tensors:
-            arrays = {n: t.cpu().numpy() for n, t in tensors.items() if n.startswith("normalizer.")}
-            self._normalizer.set_arrays(arrays)
 
     def _resume(self) -> bool:
         """Take the newest checkpoint's state; False if there is none."""
@@ -288,7 +228,7 @@ class Learner:
             return False
         manifest, tensors, path = loaded
         try:
-            self._set_state(tensors)
+            self._training.set_state(tensors)
         except RuntimeError as error:
             raise UsageError(f"{path} holds other networks than the configuration describes: {error}") from None
         self._counters = manifest.counters
@@ -296,12 +236,6 @@ class Learner:
         self._best = best.version if best else None
         log.info("resumed from %s: version %d", path, self._counters.policy_version)
         return True
-
-    def _start_from(self, path: Path) -> None:
-        try:
-            import_weights(read_policy(path), self._network, self._normalizer)
-        except ValueError as error:
-            raise UsageError(f"cannot start from {path}: {error}") from None
 
     def _await_candidates(self) -> None:
         """At the end of the budget, let the launcher finish judging: the first to meet the goal still counts."""
