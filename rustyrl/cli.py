@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 import msgspec
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rustyrl import describe
@@ -261,11 +262,11 @@ def doctor(json: Json = False) -> None:
             if isinstance(value, dict):
                 value = ", ".join(f"{k} {v}" for k, v in value.items())
             if name != "problems":
-                table.add_row(name, str(value))
+                table.add_row(name, escape(str(value)))
         console = Console()
         console.print(table)
         for problem in report["problems"]:
-            console.print(f"problem: {problem}", highlight=False)
+            console.print(f"problem: {problem}", markup=False, highlight=False, soft_wrap=True)
         if not report["problems"]:
             console.print("nothing is wrong")
     if report["problems"]:

@@ -65,6 +65,14 @@ def test_missing_torch_names_the_extra(tmp_path):
     )
     assert done.returncode == 2
     assert "pip install 'rustyrl[learner]'" in done.stderr
+    code = code.replace(
+        "['torch'] = None;",
+        "['torch'] = None; import importlib.metadata as m; find = m.version;"
+        "m.version = lambda name: (_ for _ in ()).throw(m.PackageNotFoundError) if name == 'torch' else find(name);",
+    )
+    done = subprocess.run([sys.executable, "-c", code, "doctor"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "problem: torch missing, so this machine can only act: pip install 'rustyrl[learner]'" in done.stdout
 
 
 def test_cuda_asked_for_and_absent_says_so(tmp_path):
