@@ -90,15 +90,7 @@ def train(
 ) -> None:
     """Start one learner and N actors on this machine, and train."""
     flags = _flags(
-        run={
-            "env": env or env_option,
-            "total_steps": total_steps,
-            "max_seconds": max_seconds,
-            "stop_at": stop_at or None,
-            "seed": seed,
-            "device": device,
-            "init": str(init) if init else None,
-        },
+        run=_run_section(env or env_option, total_steps, max_seconds, stop_at, seed, device, init),
         batch={"max_policy_lag": max_policy_lag},
         cluster={"actors": actors, "listen": listen},
     )
@@ -126,15 +118,7 @@ def learner(
 ) -> None:
     """Start a learner alone; actors join it by hand."""
     flags = _flags(
-        run={
-            "env": env or env_option,
-            "total_steps": total_steps,
-            "max_seconds": max_seconds,
-            "stop_at": stop_at or None,
-            "seed": seed,
-            "device": device,
-            "init": str(init) if init else None,
-        },
+        run=_run_section(env or env_option, total_steps, max_seconds, stop_at, seed, device, init),
         batch={"max_policy_lag": max_policy_lag},
         cluster={"actors": 0, "expect": expect, "listen": listen},
     )
@@ -310,6 +294,27 @@ def _train(
     else:
         _print_summary(summary)
     raise typer.Exit(EXIT_CODES.get(summary["stopped_by"], 0))
+
+
+def _run_section(
+    env: str | None,
+    total_steps: int | None,
+    max_seconds: float | None,
+    stop_at: list[str] | None,
+    seed: int | None,
+    device: str | None,
+    init: Path | None,
+) -> dict[str, Any]:
+    """The ``run`` section that the flags of `train` and `learner` make."""
+    return {
+        "env": env,
+        "total_steps": total_steps,
+        "max_seconds": max_seconds,
+        "stop_at": stop_at or None,
+        "seed": seed,
+        "device": device,
+        "init": str(init) if init else None,
+    }
 
 
 def _flags(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,8 @@ import numpy as np
 
 from rustyrl.weights import decode_weights
 from rustyrl_actors import Agent, Policy, PolicyProcessor
+from rustyrl_actors.catalog import find_environment
+from rustyrl_actors.environment import allocate_rows
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,3 +75,24 @@ def test_policy_processor_acts_as_the_policy_does():
     esper.delete_world("game")
     np.testing.assert_array_equal(agent.action, np.clip(expected, -0.1, 0.1))
     assert np.abs(expected).max() > 0.1
+
+
+def test_configuration_page_is_what_the_configuration_says():
+    command = [sys.executable, ROOT / "docs" / "configuration.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (ROOT / "docs" / "configuration.md").read_text() == done.stdout
+    assert "`ppo.gamma`" in done.stdout
+
+
+def test_example_world_runs():
+    source = find_environment(f"{ROOT}/examples/point.py:Point", {"slots": 8, "thrust": 2.0})
+    environment, rows = source.make(), allocate_rows(source.spec)
+    environment.reset((1,), rows.observation)
+    ended = 0
+    for _ in range(200):
+        goal = rows.observation["main"][:, :2] - rows.observation["main"][:, 2:]
+        step = environment.step(np.clip(goal, -1, 1), rows)
+        ended += 0 if step.episodes is None else len(step.episodes.slot)
+    environment.close()
+    assert ended == 8
+    assert step.episodes.metrics["final_distance"].max() < 0.1  # a damped push to the goal gets there
