@@ -163,6 +163,7 @@ def test_an_actor_that_waits_although_it_owes_an_answer_is_lost_and_told(collect
             return tickets(thread)["lost"] == 1
 
         poll(lost, "the ticket to be given up")
+        peer.link.send(Lease())
         assert "gave you up" in peer.next(Refusal).reason
     other = Peer(receiver.address, 1, 2)
     with other.link:
