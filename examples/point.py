@@ -12,8 +12,7 @@ import gymnasium
 import msgspec
 import numpy as np
 
-from rustyrl.spec import MetricSpec
-from rustyrl_actors import Agent, WorldInfo
+from rustyrl_actors import Agent, MetricSpec, WorldInfo
 
 STEP_S = 0.05
 

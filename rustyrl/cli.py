@@ -129,6 +129,7 @@ def learner(
 def actor(join: Annotated[str, typer.Option(help="Address that a learner listens on.")]) -> None:
     """Be one actor of a learner that was started by hand."""
     command = [sys.executable, "-m", "rustyrl_actors", "run", "--join", loopback_address(join)]
+    typer.echo(f"joining the learner at {join}, waiting up to a minute for it", err=True)
     os.execve(sys.executable, command, actor_environment())  # noqa: S606 - this process becomes the actor
 
 
@@ -196,6 +197,8 @@ def evaluate(
     """Run a policy greedily and report its figures."""
     target = target or run
     config: dict[str, Any] = {}
+    if target is not None and not target.exists():
+        raise UsageError(f"there is no run folder or policy file {target}")
     if target is None or target.is_dir():
         folder = find_run(target, live=False)[0]
         layer = resume_config(folder)

@@ -46,9 +46,20 @@ def configure(*layers: Layer) -> tuple[Config, EnvironmentSpec]:
     asked = build_config(*layers)
     if not asked.run.env:
         raise UsageError("no environment is named; `rustyrl envs` lists the built-in ones")
-    spec = describe(asked.run.env, asked.env)
-    config = build_config(spec.defaults, *layers)
+    env = anchored(asked.run.env)
+    spec = describe(env, asked.env)
+    config = build_config(spec.defaults, *layers, {"run": {"env": env}})
     return config, spec
+
+
+def anchored(env: str) -> str:
+    """``file.py:Class`` with the file's whole path, so that a run can be resumed and evaluated from any folder."""
+    file, colon, name = env.rpartition(":")
+    if colon and file.endswith(".py"):
+        return f"{Path(file).resolve()}:{name}"
+    if env.endswith(".py"):
+        raise UsageError(f"{env!r} names a file; add the class of its world, like {env}:Class")
+    return env
 
 
 def evaluate(env: str, env_config: Mapping[str, Any], policy: Path, episodes: int, seed: int) -> dict[str, Any]:

@@ -24,8 +24,9 @@ def goal_conditions(run: RunConfig, spec: EnvironmentSpec) -> tuple[Condition, .
 def evaluation_conditions(run: RunConfig, spec: EnvironmentSpec) -> tuple[Condition, ...]:
     """What training episodes must reach before a version is evaluated.
 
-    The world's ``evaluate_from`` where its own goal is asked for, else the goal with slack.
+    The world's ``evaluate_from`` where its own goal is asked for, else the goal with slack; empty without a goal.
     """
-    if not run.stop_at and spec.evaluate_from:
+    goal = goal_conditions(run, spec)
+    if goal and not run.stop_at and spec.evaluate_from:
         return tuple(parse_condition(text) for text in spec.evaluate_from)
-    return tuple(condition.relaxed() for condition in goal_conditions(run, spec))
+    return tuple(condition.relaxed() for condition in goal)

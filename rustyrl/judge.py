@@ -101,7 +101,7 @@ class Judge:
         best = Best(candidate.version, -missing, float(figures["return_mean"]))
         if self.best is None or (best.score, best.return_mean) > (self.best.score, self.best.return_mean):
             self.best = best
-        if meets(self.goal, figures):
+        if self.goal and meets(self.goal, figures):
             self.confirmed = candidate
 
     def _start(self, policy: Path, version: int) -> Child:

@@ -392,6 +392,8 @@ class Launcher:
             estimates.append((run.total_steps - self._report.get("steps", 0)) / sps)
         if estimates:
             return f"{max(0.0, min(estimates)):.0f} s"
+        if run.total_steps:
+            return f"{run.total_steps - self._report.get('steps', 0):,} steps"
         return "until " + (" and ".join(str(condition) for condition in self._judge.goal) or "stopped")
 
     def _write_cluster(self, control: ControlServer, state: str) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-__all__ = ["ActionSpec", "ArraySpec", "EnvironmentSpec", "MetricSpec", "read_spec", "spec_to_json"]
+__all__ = ["ActionSpec", "ArraySpec", "EnvironmentSpec", "MetricSpec", "read_spec", "spaces_text", "spec_to_json"]
 
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*$")]
 # Sixteen dimensions are more than any world has and fewer than numpy takes.
@@ -106,7 +106,7 @@ class EnvironmentSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def fingerprint(self) -> str:
         """16 hex digits that agree exactly when two processes mean the same environment."""
         content = {
-            "env": self.env,
+            "env": self.env.rpartition("/")[2],  # a moved project is the same environment
             "observation": msgspec.to_builtins(self.observation),
             "action": msgspec.to_builtins(self.action),
             "slots": self.slots,
@@ -126,3 +126,10 @@ def spec_to_json(spec: EnvironmentSpec) -> bytes:
 def read_spec(content: bytes) -> EnvironmentSpec:
     """Decode and check a spec; raises `msgspec.ValidationError` naming the field that is wrong."""
     return msgspec.json.decode(content, type=EnvironmentSpec)
+
+
+def spaces_text(observation: tuple[ArraySpec, ...], action: ActionSpec) -> str:
+    """Observation and action spaces in a line, for messages."""
+    seen = ", ".join(f"{array.name} {array.shape}" for array in observation)
+    done = f"{action.count} choices" if action.kind == "discrete" else f"a box {action.shape}"
+    return f"{seen} to {done}"

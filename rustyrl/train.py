@@ -16,7 +16,7 @@ from rustyrl.launcher import Launcher
 from rustyrl.progress import Progress, make_progress
 from rustyrl.rollout import array_bytes, rollout_arrays
 from rustyrl.run_folder import RunFolder, new_run_path
-from rustyrl.spec import EnvironmentSpec
+from rustyrl.spec import EnvironmentSpec, read_spec
 from rustyrl.wire import MAX_BLOB_BYTES
 
 __all__ = ["launch", "resume_config", "train"]
@@ -47,10 +47,14 @@ def launch(
     missing = [name for name in ("torch", "tensorboard") if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"training needs {' and '.join(missing)}: pip install 'rustyrl[learner]'")
-    for condition in map(parse_condition, config.run.stop_at):
-        known = (*KNOWN_FIGURES, *(metric.name for metric in spec.metrics))
-        if condition.metric not in known:
-            raise UsageError(f"--stop-at {condition}: {spec.env!r} has no such figure; it has {', '.join(known)}")
+    known = (*KNOWN_FIGURES, *(metric.name for metric in spec.metrics))
+    conditions = {"--stop-at": config.run.stop_at, "its goal": spec.goal, "its evaluate_from": spec.evaluate_from}
+    for source, texts in conditions.items():
+        for condition in map(parse_condition, texts):
+            if condition.metric not in known:
+                raise UsageError(f"{source} {condition}: {spec.env!r} has no such figure; it has {', '.join(known)}")
+    if resume and run is not None:
+        _check_resume(Path(run), config, spec)
     if config.ppo.schedule == "linear" and not config.run.total_steps:
         raise UsageError("ppo.schedule 'linear' needs run.total_steps to know where it ends")
     slots = spec.slots * config.batch.worlds
@@ -77,6 +81,20 @@ def launch(
             raise
         except RunFailedError as error:
             raise RunFailedError(f"{error}\nlogs are in {folder.path / 'logs'}") from None
+
+
+def _check_resume(run: Path, config: Config, spec: EnvironmentSpec) -> None:
+    """Refuse what a checkpoint cannot go on with, before anything in its folder is touched."""
+    before = build_config(resume_config(run))
+    if read_spec((run / "spec.json").read_bytes()).fingerprint != spec.fingerprint:
+        raise UsageError(
+            f"{run} was trained on {before.run.env} with {before.env or 'defaults'}, this is {config.run.env} with "
+            f"{config.env or 'defaults'}: resume with the same environment, or start from its policy with --init"
+        )
+    for key in ("hidden", "activation", "trunk", "normalize"):
+        was, asked = getattr(before.policy, key), getattr(config.policy, key)
+        if was != asked:
+            raise UsageError(f"policy.{key} was {was!r} and is now {asked!r}; a resumed run keeps its networks")
 
 
 def resume_config(run: Path) -> dict[str, dict[str, Any]]:

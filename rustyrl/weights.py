@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from rustyrl.errors import UsageError, WireError
-from rustyrl.spec import ActionSpec, ArraySpec
+from rustyrl.spec import ActionSpec, ArraySpec, spaces_text
 
 __all__ = [
     "VARIANCE_FLOOR",
@@ -52,6 +52,12 @@ class PolicySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     normalize: bool
     observation_clip: Annotated[float, Meta(gt=0)] = 10.0
     format: Literal[1] = 1
+
+    @property
+    def summary(self) -> str:
+        """What it maps to what and through what, in a line."""
+        through = f"{' x '.join(map(str, self.hidden)) or 'no'} {self.activation}"
+        return f"{spaces_text(self.observation, self.action)} through {through}{' normalised' * self.normalize}"
 
 
 @dataclass(frozen=True, slots=True)

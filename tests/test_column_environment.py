@@ -16,6 +16,7 @@ from rustyrl.errors import ContractError
 from rustyrl.rollout import POISON, Rollout, RolloutOrigin, Ticket, allocate_rollout
 from rustyrl.spec import MetricSpec
 from rustyrl_actors.agent import Agent
+from rustyrl_actors.catalog import find_environment
 from rustyrl_actors.column import ColumnEnvironment
 from rustyrl_actors.environment import StepRows, allocate_rows, rows_of
 from rustyrl_actors.world import WorldInfo, describe_world
@@ -359,3 +360,24 @@ def test_an_undelivered_metric_is_a_contract_error_that_names_it(make: Make) -> 
     with pytest.raises(ContractError, match=r"'counting' declares the episode metrics \['mood'\]"):
         make(declared=("draw", "mood"))
     assert esper.list_worlds() == before
+
+
+@pytest.mark.parametrize("name", ["reward", "terminated", "truncated", "valid", "observation"])
+def test_replacing_an_array_of_the_agent_is_a_contract_error_that_says_to_write_into_it(name: str) -> None:
+    source = find_environment("cartpole", {"slots": 2})
+    environment, rows = source.make(), allocate_rows(source.spec)
+    environment.reset((1,), rows.observation)
+    observe = environment._world.observe
+
+    def replace(which: object) -> None:
+        observe(which)
+        agent = environment._agent
+        if name == "observation":
+            agent.observation = {"main": agent.observation["main"].copy()}
+        else:
+            setattr(agent, name, getattr(agent, name).copy())
+
+    environment._world.observe = replace
+    with pytest.raises(ContractError, match=f"write into .*agent.{name}"):
+        environment.step(np.zeros(2, np.int64), rows)
+    environment.close()

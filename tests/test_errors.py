@@ -39,7 +39,9 @@ USAGE = [
     (["train", "drone", "--actors", "many"], "--actors"),
     (["actor", "--join", "nowhere"], "expected ipc://PATH or tcp://"),
     (["status", "--run", "nowhere"], "is not a run folder"),
-    (["eval", "policy.safetensors"], "add --env"),
+    (["eval", "policy.safetensors"], "no run folder or policy file"),
+    (["train", "world.py"], "world.py:Class"),
+    (["train", f"{WORLDS}/counting.py:Aimless"], "has no such figure"),
     (["stop"], "no run is going on"),
     (["trian"], "No such command"),
 ]

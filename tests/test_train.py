@@ -97,6 +97,30 @@ def test_a_pipe_gets_plain_lines_with_progress(finished):
     assert "\x1b" not in shown
 
 
+def test_a_budget_is_used_up_although_the_world_has_a_goal(start):
+    cluster = start(
+        "train", "cartpole", "--actors", "1", "--total-steps", "1500", "--json", *SMALL,
+        "--set", "run.eval_every=1", "--set", "run.eval_episodes=5",
+    )  # fmt: skip
+    code, out, err = cluster.wait()
+    assert code == 0, err
+    assert json.loads(out)["stopped_by"] == "total_steps"
+    assert "evaluation" not in err.replace("evaluating", "")
+
+
+def test_a_refused_resume_changes_nothing(finished, tmp_path):
+    copy = shutil.copytree(finished[0].run, tmp_path / "copy")
+    before = {name: (copy / name).read_bytes() for name in ("config.toml", "spec.json", "cluster.json")}
+    for change, said in (
+        ("env.force_n=5", "resume with the same environment"),
+        ("policy.hidden=[8]", "policy.hidden was (64, 64)"),
+    ):
+        code, _, err = rustyrl("train", "--resume", "--run", str(copy), "--set", change)
+        assert code == 2
+        assert said in err
+    assert before == {name: (copy / name).read_bytes() for name in before}
+
+
 def test_resume_goes_on_from_the_checkpoint_without_doubles(start, finished, tmp_path):
     copy = shutil.copytree(finished[0].run, tmp_path / "copy")
     before = finished[0].rows()

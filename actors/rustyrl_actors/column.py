@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from rustyrl.errors import ContractError
 from rustyrl.rollout import EpisodeRows
 from rustyrl.spec import EnvironmentSpec
+from rustyrl_actors.agent import Agent
 from rustyrl_actors.environment import Arrays, StepRows, TimeStep
 from rustyrl_actors.world import World
 
@@ -33,6 +34,11 @@ class ColumnEnvironment:
         self._context = next(_context_names)
         esper.switch_world(self._context)
         self._agent = world.build()
+        if not isinstance(self._agent, Agent):
+            self.close()
+            raise ContractError(
+                f"world {spec.env!r}: build() returned {self._agent!r}; it returns the Agent that it made"
+            )
         if missing := set(spec.episode_metrics) - self._agent.episode_metrics.keys():
             self.close()
             raise ContractError(
@@ -61,6 +67,7 @@ class ColumnEnvironment:
         agent = self._agent
         agent.action, agent.observation, agent.reward = action, out.observation, out.reward
         agent.terminated, agent.truncated, agent.valid = out.terminated, out.truncated, out.valid
+        self._observation_given = dict(out.observation)
         out.reward.fill(0.0)
         out.terminated.fill(False)
         out.truncated.fill(False)
@@ -69,6 +76,7 @@ class ColumnEnvironment:
         for _ in range(self._world.info.ticks_per_step):
             esper.process()
         self._world.observe(slice(None))
+        self._check_written_into(out)
 
         self._elapsed += 1
         self._length += 1
@@ -85,6 +93,22 @@ class ColumnEnvironment:
         if esper.current_world == self._context:
             esper.switch_world("default")
         esper.delete_world(self._context)
+
+    def _check_written_into(self, out: StepRows) -> None:
+        agent = self._agent
+        for name in ("reward", "terminated", "truncated", "valid"):
+            if getattr(agent, name) is not getattr(out, name):
+                raise ContractError(
+                    f"world {self.spec.env!r} put another array into agent.{name}; write into the one that is there: "
+                    f"agent.{name}[:] = ..."
+                )
+        if agent.observation is not out.observation or any(
+            agent.observation[name] is not array for name, array in self._observation_given.items()
+        ):
+            raise ContractError(
+                f"world {self.spec.env!r} put another array into agent.observation; write into those that are there: "
+                "agent.observation[NAME][rows] = ..."
+            )
 
     def _end_episodes(self, out: StepRows) -> TimeStep:
         ended = np.flatnonzero(self._ended)

@@ -9,6 +9,7 @@ import numpy as np
 
 from rustyrl.errors import ContractError, UsageError
 from rustyrl.figures import episode_figures
+from rustyrl.spec import spaces_text
 from rustyrl.weights import Weights
 from rustyrl_actors.catalog import find_environment
 from rustyrl_actors.environment import StepRows, allocate_rows
@@ -47,8 +48,9 @@ def _first_episodes(env: str, env_config: Mapping[str, Any], weights: Weights, s
     spec = source.spec
     if (weights.spec.observation, weights.spec.action) != (spec.observation, spec.action):
         raise UsageError(
-            f"the policy is for another environment: it takes {weights.spec.observation} and gives "
-            f"{weights.spec.action}, {env!r} has {spec.observation} and {spec.action}"
+            f"the policy is for another environment: it maps "
+            f"{spaces_text(weights.spec.observation, weights.spec.action)}, {env!r} needs "
+            f"{spaces_text(spec.observation, spec.action)}"
         )
     policy = Policy(weights, spec.slots)
     environment = source.make()

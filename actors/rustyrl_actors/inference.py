@@ -44,9 +44,9 @@ class Policy:
         self.load(weights)
 
     @classmethod
-    def from_file(cls, path: Path, slots: int = 1) -> Policy:
+    def from_file(cls, path: Path | str, slots: int = 1) -> Policy:
         """Read a policy file, such as the ``policy.safetensors`` of a run folder."""
-        return cls(read_policy(path), slots)
+        return cls(read_policy(Path(path)), slots)
 
     def load(self, weights: Weights) -> None:
         """Take the arrays of another version of the same policy."""

@@ -304,7 +304,7 @@ class Collector:
         peers = [peer for peer, actor in self._actors.items() if (actor.hello.host, actor.hello.pid) == name]
         for peer in peers:
             self._lose(peer, "its process ended")
-        if not peers and not self._started:
+        if not self._started:  # it was one of those that batch 0 waits for
             self._expect = max(1, self._expect - 1)
 
     def _issue_tickets(self) -> None:
@@ -349,8 +349,6 @@ class Collector:
             return
         log.warning("actor %d is gone: %s", actor.index, why)
         self._book.leave(peer)
-        if not self._started:
-            self._expect = max(1, self._expect - 1)
 
     def _count_stranger(self, reason: str) -> None:
         """Count what answers no ticket: it is no part of the books of tickets."""

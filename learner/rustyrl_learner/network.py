@@ -168,7 +168,9 @@ def export_weights(network: ActorCritic, normalizer: ObservationNormalizer | Non
 def import_weights(weights: Weights, network: ActorCritic, normalizer: ObservationNormalizer | None) -> None:
     """Put a policy's arrays into the network and the normaliser; the critic stays as it is."""
     if weights.spec != network.spec:
-        raise ValueError(f"the policy is of another kind: expected {network.spec}, got {weights.spec}")
+        raise ValueError(
+            f"the policy is of another kind: it maps {weights.spec.summary}, this run's maps {network.spec.summary}"
+        )
     with torch.no_grad():
         for name, parameter in network.policy_parameters().items():
             parameter.copy_(torch.from_numpy(weights.arrays[name].copy()))

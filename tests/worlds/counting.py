@@ -86,3 +86,13 @@ class Talkative(Counting):
     def reset(self, rows: np.ndarray, rng: np.random.Generator) -> None:
         print("hello from the world " * 2000)
         super().reset(rows, rng)
+
+
+class Aimless(Counting):
+    """A world whose goal names a figure that it does not have."""
+
+    name = "aimless"
+
+    def __init__(self, slots: int, parameters: Parameters) -> None:
+        super().__init__(slots, parameters)
+        self.info = msgspec.structs.replace(self.info, goal=("sucess>=1",))
