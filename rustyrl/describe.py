@@ -16,9 +16,20 @@ from rustyrl.errors import RunFailedError, UsageError
 from rustyrl.processes import actor_environment
 from rustyrl.spec import EnvironmentSpec, read_spec
 
-__all__ = ["configure", "describe", "evaluate", "list_environments"]
+__all__ = ["configure", "describe", "evaluate", "evaluate_arguments", "list_environments"]
 
 TIMEOUT_S = 120.0
+
+
+def env_arguments(verb: str, env: str, env_config: Mapping[str, Any]) -> list[str]:
+    """The arguments of ``python -m rustyrl_actors`` for a verb about an environment."""
+    return [verb, env, "--env-config", msgspec.json.encode(dict(env_config)).decode()]
+
+
+def evaluate_arguments(env: str, env_config: Mapping[str, Any], policy: Path, episodes: int, seed: int) -> list[str]:
+    """The arguments of ``python -m rustyrl_actors`` for an evaluation."""
+    about = env_arguments("evaluate", env, env_config)
+    return [*about, "--policy", str(policy), "--episodes", str(episodes), "--seed", str(seed)]
 
 
 def describe(env: str, env_config: Mapping[str, Any]) -> EnvironmentSpec:
@@ -28,8 +39,7 @@ def describe(env: str, env_config: Mapping[str, Any]) -> EnvironmentSpec:
         UsageError: there is no such environment, or a setting does not fit it.
         RunFailedError: its own code raised; the message is its traceback.
     """
-    config = msgspec.json.encode(dict(env_config)).decode()
-    return read_spec(_actors("describe", env, "--env-config", config))
+    return read_spec(_actors(*env_arguments("describe", env, env_config)))
 
 
 def list_environments() -> list[dict[str, Any]]:
@@ -64,9 +74,7 @@ def anchored(env: str) -> str:
 
 def evaluate(env: str, env_config: Mapping[str, Any], policy: Path, episodes: int, seed: int) -> dict[str, Any]:
     """The figures of a policy over greedy episodes; errors as of `describe`."""
-    config = msgspec.json.encode(dict(env_config)).decode()
-    arguments = ["--policy", str(policy), "--episodes", str(episodes), "--seed", str(seed)]
-    content = _actors("evaluate", env, "--env-config", config, *arguments, limit_s=None)
+    content = _actors(*evaluate_arguments(env, env_config, policy, episodes, seed), limit_s=None)
     return msgspec.json.decode(content, type=dict[str, Any])
 
 

@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 
 from rustyrl.spec import EnvironmentSpec
 
-__all__ = ["episode_figures"]
+__all__ = ["EPISODE_FIGURES", "episode_figures"]
+
+EPISODE_FIGURES = ("return_mean", "return_std", "length_mean")  # what every environment has, beside its own metrics
 
 
 def episode_figures(

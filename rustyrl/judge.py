@@ -16,6 +16,7 @@ import msgspec
 
 from rustyrl.condition import Condition, meets
 from rustyrl.config import Config
+from rustyrl.describe import evaluate_arguments
 from rustyrl.errors import RunFailedError
 from rustyrl.processes import Child, start_child
 from rustyrl.run_folder import Best
@@ -106,10 +107,9 @@ class Judge:
 
     def _start(self, policy: Path, version: int) -> Child:
         run = self._config.run
-        settings = msgspec.json.encode(self._config.env).decode()
-        arguments = ["rustyrl_actors", "evaluate", run.env, "--env-config", settings, "--policy", str(policy)]
-        arguments += ["--episodes", str(run.eval_episodes), "--seed", str((run.seed << 32) + version)]
-        return start_child("evaluation", arguments, self._log, actor=True, capture=True)
+        seed = (run.seed << 32) + version
+        arguments = evaluate_arguments(run.env, self._config.env, policy, run.eval_episodes, seed)
+        return start_child("evaluation", ["rustyrl_actors", *arguments], self._log, actor=True, capture=True)
 
 
 def _read(child: Child) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from rustyrl.interrupts import Interrupts
 from rustyrl.judge import Candidate, Judge
 from rustyrl.processes import Child, available_cores, await_end, start_child
 from rustyrl.progress import Progress, View
-from rustyrl.run_folder import ClusterFile, RunFolder
+from rustyrl.run_folder import ClusterFile, RunFolder, read_best
 from rustyrl.spec import EnvironmentSpec
 
 __all__ = ["Launcher", "default_actors"]
@@ -50,7 +50,7 @@ class Launcher:
         self._resume = resume
         self._incarnation = folder.next_incarnation()
         self._judge = Judge(config, goal_conditions(config.run, spec), folder.path / "logs" / "evaluate.log")
-        self._judge.best = folder.read_best() if resume else None
+        self._judge.best = read_best(folder.path) if resume else None
         self._started = time.monotonic()
         self._state = "starting"
         self._stop_reason: str | None = None
@@ -294,9 +294,11 @@ class Launcher:
             return
         if ended is None:
             return
-        best = self._judge.best
-        self._folder.write_best(best)
-        self._order(control, {"kind": "evaluated", "version": ended.version, "best": best and best.version})
+        order: dict[str, Any] = {"kind": "evaluated", "version": ended.version}
+        if self._judge.best is not None:
+            self._folder.write_best(self._judge.best)
+            order["best"] = self._judge.best.version
+        self._order(control, order)
         if self._judge.confirmed is ended:
             self._folder.install_policy(ended.policy)
             self._request_stop(control, "goal")

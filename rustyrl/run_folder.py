@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import msgspec
 
@@ -32,8 +32,12 @@ __all__ = [
     "is_live",
     "list_runs",
     "new_run_path",
+    "read_best",
     "read_cluster",
+    "write_atomic",
 ]
+
+T = TypeVar("T")
 
 RUNS = Path("runs")
 MAX_IPC_PATH = 90  # a Unix socket's path has room for 107 bytes; ours adds a name
@@ -111,14 +115,9 @@ class RunFolder:
         """Write ``cluster.json``."""
         write_atomic(self.path / "cluster.json", msgspec.json.encode(cluster), mode=0o600)
 
-    def write_best(self, best: Best | None) -> None:
+    def write_best(self, best: Best) -> None:
         """Write ``best.json``: which checkpoint came nearest to the goal, so that it is kept across a resume."""
-        if best is not None:
-            write_atomic(self.path / "best.json", msgspec.json.encode(best))
-
-    def read_best(self) -> Best | None:
-        """What `write_best` wrote."""
-        return read_best(self.path)
+        write_atomic(self.path / "best.json", msgspec.json.encode(best))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``."""
@@ -213,18 +212,12 @@ def find_run(run: Path | None, *, live: bool) -> tuple[Path, ClusterFile]:
 
 def read_cluster(path: Path) -> ClusterFile | None:
     """Read ``cluster.json``; None if there is none to read."""
-    try:
-        return msgspec.json.decode((path / "cluster.json").read_bytes(), type=ClusterFile)
-    except (OSError, msgspec.DecodeError):
-        return None
+    return _read(path / "cluster.json", ClusterFile)
 
 
 def read_best(path: Path) -> Best | None:
     """Read ``best.json``; None if there is none to read."""
-    try:
-        return msgspec.json.decode((path / "best.json").read_bytes(), type=Best)
-    except (OSError, msgspec.DecodeError):
-        return None
+    return _read(path / "best.json", Best)
 
 
 def write_atomic(path: Path, content: bytes, mode: int = 0o644) -> None:
@@ -248,6 +241,13 @@ def is_live(path: Path) -> bool:
         return not _try_lock(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _read(path: Path, kind: type[T]) -> T | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (OSError, msgspec.DecodeError):
+        return None
 
 
 def _try_lock(descriptor: int) -> bool:

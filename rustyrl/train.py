@@ -11,6 +11,7 @@ from rustyrl.condition import parse_condition
 from rustyrl.config import Config, build_config, read_config
 from rustyrl.describe import describe
 from rustyrl.errors import RunFailedError, UsageError
+from rustyrl.figures import EPISODE_FIGURES
 from rustyrl.interrupts import Interrupts
 from rustyrl.launcher import Launcher
 from rustyrl.progress import Progress, make_progress
@@ -20,8 +21,6 @@ from rustyrl.spec import EnvironmentSpec, read_spec
 from rustyrl.wire import MAX_BLOB_BYTES
 
 __all__ = ["launch", "resume_config", "train"]
-
-KNOWN_FIGURES = ("return_mean", "return_std", "length_mean")
 
 
 def train(config: Config, run: Path | str | None = None, *, resume: bool = False) -> dict[str, Any]:
@@ -44,30 +43,7 @@ def launch(
     config: Config, spec: EnvironmentSpec, run: Path | str | None, *, resume: bool, progress: Progress
 ) -> dict[str, Any]:
     """Check what can be checked before anything is started, then run; see `train`."""
-    missing = [name for name in ("torch", "tensorboard") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(f"training needs {' and '.join(missing)}: pip install 'rustyrl[learner]'")
-    known = (*KNOWN_FIGURES, *(metric.name for metric in spec.metrics))
-    conditions = {"--stop-at": config.run.stop_at, "its goal": spec.goal, "its evaluate_from": spec.evaluate_from}
-    for source, texts in conditions.items():
-        for condition in map(parse_condition, texts):
-            if condition.metric not in known:
-                raise UsageError(f"{source} {condition}: {spec.env!r} has no such figure; it has {', '.join(known)}")
-    if resume and run is not None:
-        _check_resume(Path(run), config, spec)
-    if config.ppo.schedule == "linear" and not config.run.total_steps:
-        raise UsageError("ppo.schedule 'linear' needs run.total_steps to know where it ends")
-    slots = spec.slots * config.batch.worlds
-    size = sum(array_bytes(array) for array in rollout_arrays(spec, config.batch.unroll_length, slots))
-    if size > MAX_BLOB_BYTES // 2:  # one actor may come to own every world; the other half is for ended episodes
-        raise UsageError(
-            f"a batch of {slots} slots x {config.batch.unroll_length} steps takes {size >> 20} MiB, at most "
-            f"{MAX_BLOB_BYTES >> 21} MiB fit into a message; lower batch.unroll_length, batch.worlds or env.slots"
-        )
-    if config.cluster.listen != "ipc":
-        loopback_address(config.cluster.listen)
-    if config.run.init and not resume and not Path(config.run.init).is_file():
-        raise UsageError(f"--init: there is no file {config.run.init}")
+    _check(config, spec, None if run is None else Path(run), resume)
     with (
         Interrupts() as interrupts,
         RunFolder(Path(run) if run else new_run_path(config.run.env), resume=resume) as folder,
@@ -81,6 +57,34 @@ def launch(
             raise
         except RunFailedError as error:
             raise RunFailedError(f"{error}\nlogs are in {folder.path / 'logs'}") from None
+
+
+def _check(config: Config, spec: EnvironmentSpec, run: Path | None, resume: bool) -> None:
+    """Refuse what is known to fail before any process or folder is made."""
+    missing = [name for name in ("torch", "tensorboard") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"training needs {' and '.join(missing)}: pip install 'rustyrl[learner]'")
+    known = (*EPISODE_FIGURES, *(metric.name for metric in spec.metrics))
+    conditions = {"--stop-at": config.run.stop_at, "its goal": spec.goal, "its evaluate_from": spec.evaluate_from}
+    for source, texts in conditions.items():
+        for condition in map(parse_condition, texts):
+            if condition.metric not in known:
+                raise UsageError(f"{source} {condition}: {spec.env!r} has no such figure; it has {', '.join(known)}")
+    if resume and run is not None:
+        _check_resume(run, config, spec)
+    if config.ppo.schedule == "linear" and not config.run.total_steps:
+        raise UsageError("ppo.schedule 'linear' needs run.total_steps to know where it ends")
+    slots = spec.slots * config.batch.worlds
+    size = sum(array_bytes(array) for array in rollout_arrays(spec, config.batch.unroll_length, slots))
+    if size > MAX_BLOB_BYTES // 2:  # one actor may come to own every world; the other half is for ended episodes
+        raise UsageError(
+            f"a batch of {slots} slots x {config.batch.unroll_length} steps takes {size >> 20} MiB, at most "
+            f"{MAX_BLOB_BYTES >> 21} MiB fit into a message; lower batch.unroll_length, batch.worlds or env.slots"
+        )
+    if config.cluster.listen != "ipc":
+        loopback_address(config.cluster.listen)
+    if config.run.init and not resume and not Path(config.run.init).is_file():
+        raise UsageError(f"--init: there is no file {config.run.init}")
 
 
 def _check_resume(run: Path, config: Config, spec: EnvironmentSpec) -> None:

@@ -23,3 +23,14 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
     yield begin
     for cluster in clusters:
         cluster.kill()
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Torch computes with one thread in the tests of a module, so that its sums do not depend on the cores."""
+    import torch  # only where it is used: the tests of actors run without it
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

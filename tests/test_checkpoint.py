@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,7 @@ FILES = ("learner.safetensors", "manifest.json", "manifest.sha256", "policy.safe
 CONFIG = PPOConfig(epochs=2, minibatch_size=16)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write(folder: Path, version: int, fingerprint: str = FINGERPRINT) -> Path:

@@ -67,7 +67,7 @@ class ColumnEnvironment:
         agent = self._agent
         agent.action, agent.observation, agent.reward = action, out.observation, out.reward
         agent.terminated, agent.truncated, agent.valid = out.terminated, out.truncated, out.valid
-        self._observation_given = dict(out.observation)
+        given = dict(out.observation)
         out.reward.fill(0.0)
         out.terminated.fill(False)
         out.truncated.fill(False)
@@ -76,7 +76,7 @@ class ColumnEnvironment:
         for _ in range(self._world.info.ticks_per_step):
             esper.process()
         self._world.observe(slice(None))
-        self._check_written_into(out)
+        self._check_written_into(out, given)
 
         self._elapsed += 1
         self._length += 1
@@ -94,7 +94,8 @@ class ColumnEnvironment:
             esper.switch_world("default")
         esper.delete_world(self._context)
 
-    def _check_written_into(self, out: StepRows) -> None:
+    def _check_written_into(self, out: StepRows, given: Arrays) -> None:
+        """Refuse arrays put in place of those that were given: what stands in them would reach nobody."""
         agent = self._agent
         for name in ("reward", "terminated", "truncated", "valid"):
             if getattr(agent, name) is not getattr(out, name):
@@ -103,7 +104,7 @@ class ColumnEnvironment:
                     f"agent.{name}[:] = ..."
                 )
         if agent.observation is not out.observation or any(
-            agent.observation[name] is not array for name, array in self._observation_given.items()
+            agent.observation[name] is not array for name, array in given.items()
         ):
             raise ContractError(
                 f"world {self.spec.env!r} put another array into agent.observation; write into those that are there: "

@@ -173,10 +173,9 @@ class Collector:
 
     def _handle(self, received: Received) -> None:
         peer, actor = received.peer, self._actors.get(received.peer)
-        idle = isinstance(received.message, Lease)
         # An actor says that it lives only when it has nothing to do. If it owes an answer then, its ticket was lost
         # on the way, and it is not to live for ever.
-        if actor is not None and not (idle and self._book.owing(peer)):
+        if actor is not None and not (isinstance(received.message, Lease) and self._book.owing(peer)):
             actor.seen = time.monotonic()
         match received.message:
             case RolloutHeader() | Lease() if actor is None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from rustyrl.figures import episode_figures
 from rustyrl.rollout import EpisodeRows
+from rustyrl.run_folder import write_atomic
 from rustyrl.spec import EnvironmentSpec
 
 __all__ = ["EpisodeWindow", "MetricsLog"]
@@ -25,6 +26,7 @@ class EpisodeWindow:
     def __init__(self, spec: EnvironmentSpec) -> None:
         self._spec = spec
         self._episodes: deque[dict[str, float]] = deque(maxlen=WINDOW)
+        self._figures: dict[str, float] = {}  # summed up once a batch: they are read several times
 
     def add(self, episodes: EpisodeRows) -> None:
         """Take in the episodes of one batch."""
@@ -33,13 +35,13 @@ class EpisodeWindow:
             episode["return"] = float(episodes.episode_return[row])
             episode["length"] = float(episodes.length[row])
             self._episodes.append(episode)
+        if len(episodes.slot):
+            columns = {name: np.array([e[name] for e in self._episodes]) for name in self._episodes[0]}
+            self._figures = episode_figures(self._spec, columns.pop("return"), columns.pop("length"), columns)
 
     def figures(self) -> dict[str, float]:
         """``return_mean, return_std, length_mean`` and the declared metrics; empty before the first episode."""
-        if not self._episodes:
-            return {}
-        columns = {name: np.array([e[name] for e in self._episodes]) for name in self._episodes[0]}
-        return episode_figures(self._spec, columns.pop("return"), columns.pop("length"), columns)
+        return self._figures
 
 
 class MetricsLog:
@@ -86,7 +88,5 @@ class MetricsLog:
                 break
             kept.append(line)
             steps = row.get("steps", 0)
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        partial.replace(self._path)
+        write_atomic(self._path, "".join(f"{line}\n" for line in kept).encode())
         return steps
