@@ -28,7 +28,7 @@ check: $(STAMP) ## the quick part of the tests: format, lint, types, import cont
 	$(BIN)/lint-imports
 
 test: check ## everything that CI runs
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal
 
 format: $(STAMP) ## format and mend what can be mended
 	$(BIN)/ruff format .

@@ -43,16 +43,15 @@ def main() -> None:
     origin = RolloutOrigin(spec.fingerprint, "main", ticket, 0, 0, 7)
     rollout = allocate_rollout(spec, LENGTH, SLOTS * len(WORLDS), origin)
     columns = [slice(i * SLOTS, (i + 1) * SLOTS) for i in range(len(WORLDS))]
-    noise = allocate_noise(spec.action, LENGTH, SLOTS * len(WORLDS))
+    noise = allocate_noise(spec, LENGTH, SLOTS * len(WORLDS))
     worlds = []
     for world, where in zip(WORLDS, columns, strict=True):
         environment = source.make(stagger=True)
-        observation = allocate_rows(spec).observation
-        environment.reset((SEED, world, ticket.batch), observation)
-        worlds.append(OwnedWorld(world, environment, 0, observation))
-        fill_noise(noise, spec.action, where, noise_generator(SEED, world, ticket.batch))
-    clipped = np.zeros((SLOTS * len(WORLDS), 4), np.float32)
-    unroll(worlds, policy, UnrollBuffer(rollout, columns, noise, clipped), Stages())
+        now = allocate_rows(spec)
+        environment.reset((SEED, world, ticket.batch), now)
+        worlds.append(OwnedWorld(world, environment, 0, now))
+        fill_noise(noise, spec, where, noise_generator(SEED, world, ticket.batch))
+    unroll(worlds, policy, UnrollBuffer(rollout, columns, noise), Stages())
     print(f"1 step      reward of world 0, slot 0: {floats(rollout.reward[:, 0])}")
     print(f"2 unroll    observation {rollout.observation['main'].shape}, action {rollout.action['main'].shape}")
     print(f"            raw action at t = 0, slot 0: {floats(rollout.action['main'][0, 0])}")
@@ -88,9 +87,9 @@ def main() -> None:
     weights = decode_weights(after)
     print(f"10 publish  version 1: {len(weights.arrays)} arrays, the same bytes for every actor")
     policy.load(weights)
-    action = np.zeros((SLOTS * len(WORLDS), 4), np.float32)
+    action = policy.allocate_action()
     policy.act({name: array[-1] for name, array in rollout.observation.items()}, None, action)
-    print(f"11 act      greedy under version 1, slot 0: {floats(action[0])}")
+    print(f"11 act      greedy under version 1, slot 0: {floats(action['main'][0])}")
     for world in worlds:
         world.environment.close()
 

@@ -12,7 +12,7 @@ import gymnasium
 import msgspec
 import numpy as np
 
-from rustyrl_actors import Agent, MetricSpec, WorldInfo
+from rustyrl_actors import Agent, MetricSpec, SlotDraws, WorldInfo
 
 STEP_S = 0.05
 
@@ -76,14 +76,14 @@ class Point:
         esper.add_processor(MoveProcessor(self._parameters))
         return self._agent
 
-    def reset(self, rows: np.ndarray, rng: np.random.Generator) -> None:
+    def reset(self, rows: np.ndarray, rng: SlotDraws) -> None:
         """Start a new episode in these slots."""
-        self._mover.position[rows] = rng.uniform(-1, 1, (len(rows), 2))
+        self._mover.position[rows] = rng.uniform(-1, 1, 2)
         self._mover.velocity[rows] = 0
-        self._mover.goal[rows] = rng.uniform(-1, 1, (len(rows), 2))
+        self._mover.goal[rows] = rng.uniform(-1, 1, 2)
 
     def observe(self, rows: np.ndarray | slice) -> None:
         """Write what these slots see."""
-        seen = self._agent.observation["main"]  # a Box is one array named main; a Dict has its own names
+        seen = self._agent.observation  # one array for a Box, a dict of arrays for a Dict
         seen[rows, :2] = self._mover.goal[rows] - self._mover.position[rows]
         seen[rows, 2:] = self._mover.velocity[rows]

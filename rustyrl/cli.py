@@ -19,6 +19,7 @@ from rustyrl.channels import ControlClient, loopback_address
 from rustyrl.config import Layer, parse_assignments, read_config
 from rustyrl.doctor import examine
 from rustyrl.errors import RunFailedError, UsageError
+from rustyrl.new import new_project
 from rustyrl.processes import actor_environment
 from rustyrl.progress import make_progress
 from rustyrl.run_folder import find_run, is_live, list_runs
@@ -41,7 +42,9 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else.")]
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder.")]
-EnvArgument = Annotated[str | None, typer.Argument(metavar="ENV", help="Name, package.module:Class or file.py:Class.")]
+EnvArgument = Annotated[
+    str | None, typer.Argument(metavar="ENV", help="Name, package.module:Class, file.py:Class or gym:ID.")
+]
 EnvOption = Annotated[str | None, typer.Option("--env", help="The same as ENV.")]
 Seed = Annotated[int | None, typer.Option(help="Of worlds, noise, initialisation and shuffles.")]
 TotalSteps = Annotated[int | None, typer.Option(help="Stop after so many env steps.")]
@@ -207,10 +210,7 @@ def evaluate(
             raise UsageError(f"{folder} holds no policy yet")
     if not env:
         raise UsageError("a policy file alone does not name its environment; add --env")
-    changes = parse_assignments(assignments or [])
-    if unknown := changes.keys() - {"env"}:
-        raise UsageError(f"eval takes --set env.KEY=VALUE only, got section {sorted(unknown)[0]!r}")
-    figures = describe.evaluate(env, {**config, **changes.get("env", {})}, target, episodes, seed)
+    figures = describe.evaluate(env, {**config, **_env_only("eval", assignments)}, target, episodes, seed)
     if json:
         _print_json(figures)
         return
@@ -231,10 +231,50 @@ def envs(json: Json = False) -> None:
     for row in rows:
         spec = row["spec"]
         observation = ", ".join(f"{a['name']} {tuple(a['shape'])}" for a in spec["observation"])
-        action = spec["action"]
-        shape = f"{action['count']} choices" if action["kind"] == "discrete" else f"box {tuple(action['shape'])}"
-        table.add_row(row["env"], row["about"], observation, shape, ", ".join(["slots", *spec["parameters"]]))
+        action = ", ".join(
+            f"{part['name']} {part['kind']} {part['counts'] or part['shape']}" for part in spec["action"]
+        )
+        table.add_row(row["env"], row["about"], observation, action, ", ".join(["slots", *spec["parameters"]]))
     Console().print(table)
+
+
+@app.command(epilog="Example:\n\n  rustyrl new arena --style object")
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the project, its module and its world.")],
+    style: Annotated[
+        str, typer.Option(help="object: one entity is one thing; column: one stands for many.")
+    ] = "object",
+    json: Json = False,
+) -> None:
+    """Make a small project around a world of your own."""
+    folder, world = new_project(name, style, Path())
+    if json:
+        _print_json({"folder": str(folder), "env": world, "files": sorted(path.name for path in folder.iterdir())})
+        return
+    typer.echo(f"made {folder}; next:\n  cd {folder}\n  rustyrl check {world}")
+    typer.echo(f"  rustyrl train {world} --config config.toml\n  pytest")
+
+
+@app.command(epilog="Example:\n\n  rustyrl check my_game.py:Arena --set env.slots=8")
+def check(
+    env: EnvArgument = None,
+    env_option: EnvOption = None,
+    assignments: Assignments = None,
+    seed: Annotated[int, typer.Option(help="Of the trials.")] = 1,
+    json: Json = False,
+) -> None:
+    """Hold a world against everything that training on it relies on."""
+    name = env or env_option
+    if not name:
+        raise UsageError("check takes an environment, such as my_game.py:Arena")
+    report = describe.check(describe.anchored(name), _env_only("check", assignments), seed)
+    failed = [finding for finding in report["findings"] if finding["passed"] is False]
+    if json:
+        _print_json({"env": name, "passed": not failed, **report})
+    else:
+        _print_findings(name, report, len(failed))
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -323,6 +363,27 @@ def _run_section(
 def _flags(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What was given, without what was not."""
     return {name: {k: v for k, v in values.items() if v is not None} for name, values in sections.items()}
+
+
+def _env_only(verb: str, assignments: list[str] | None) -> dict[str, Any]:
+    changes = parse_assignments(assignments or [])
+    if unknown := changes.keys() - {"env"}:
+        raise UsageError(f"{verb} takes --set env.KEY=VALUE only, got section {sorted(unknown)[0]!r}")
+    return changes.get("env", {})
+
+
+def _print_findings(env: str, report: dict[str, Any], failed: int) -> None:
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    for finding in report["findings"]:
+        word = {True: "ok", False: "WRONG", None: "-"}[finding["passed"]]
+        console.print(f"{word:>5}  {finding['check']}{': ' + finding['problem'] if finding['problem'] else ''}")
+        if finding["remedy"]:
+            console.print(f"       -> {finding['remedy']}")
+    if speed := report["speed"]:
+        parts = ", ".join(f"{name.removesuffix('_us')} {speed[name]:.1f}" for name in speed if name.endswith("_us"))
+        console.print(f"speed: {speed['env_sps']:,.0f} env steps/s in one process; us a step: {parts}")
+    count = len(report["findings"])
+    console.print(f"{env}: {f'{failed} of {count} checks failed' if failed else 'conforms'}")
 
 
 def _ask(run: Path | None, request: dict[str, Any]) -> dict[str, Any]:

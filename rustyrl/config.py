@@ -39,7 +39,7 @@ def _help(text: str, **limits: Any) -> Meta:
 class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What is trained, how long, and what is kept."""
 
-    env: Annotated[str, _help("built-in name, package.module:Class or file.py:Class")] = ""
+    env: Annotated[str, _help("built-in name, package.module:Class, file.py:Class or gym:ID")] = ""
     seed: Annotated[int, _help("of worlds, noise, initialisation and shuffles", ge=0, le=2**62)] = 1
     total_steps: Annotated[int, _help("stop after so many trained env steps; 0 is no limit", ge=0)] = 0
     max_seconds: Annotated[float, _help("stop after so long; 0 is no limit", ge=0)] = 0.0
@@ -84,6 +84,10 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     trunk: Annotated[Literal["separate", "shared"], _help("whether actor and critic share hidden layers")] = "separate"
     normalize: Annotated[bool, _help("normalise observations by running mean and variance")] = True
     observation_clip: Annotated[float, _help("normalised observations are clipped to +- this", gt=0)] = 10.0
+    box: Annotated[
+        Literal["clipped", "squashed"],
+        _help("Gaussian samples of box actions are clipped to the bounds, or squashed into them by a tanh"),
+    ] = "clipped"
     initial_log_std: Annotated[float, _help("of box actions", ge=-20, le=5)] = 0.0
 
 

@@ -16,7 +16,7 @@ from rustyrl.errors import RunFailedError, UsageError
 from rustyrl.processes import actor_environment
 from rustyrl.spec import EnvironmentSpec, read_spec
 
-__all__ = ["configure", "describe", "evaluate", "evaluate_arguments", "list_environments"]
+__all__ = ["check", "configure", "describe", "evaluate", "evaluate_arguments", "list_environments"]
 
 TIMEOUT_S = 120.0
 
@@ -75,6 +75,12 @@ def anchored(env: str) -> str:
 def evaluate(env: str, env_config: Mapping[str, Any], policy: Path, episodes: int, seed: int) -> dict[str, Any]:
     """The figures of a policy over greedy episodes; errors as of `describe`."""
     content = _actors(*evaluate_arguments(env, env_config, policy, episodes, seed), limit_s=None)
+    return msgspec.json.decode(content, type=dict[str, Any])
+
+
+def check(env: str, env_config: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """What the conformance kit finds: ``findings`` of ``check, passed, problem, remedy``, and ``speed`` by part."""
+    content = _actors(*env_arguments("check", env, env_config), "--seed", str(seed), limit_s=None)
     return msgspec.json.decode(content, type=dict[str, Any])
 
 

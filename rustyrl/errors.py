@@ -18,7 +18,9 @@ class RunFailedError(Exception):
 
 
 class ContractError(Exception):
-    """A world broke the environment contract, or gave numbers that nothing can be learned from."""
+    """A world broke the environment contract, or gave numbers that nothing can be learned from. Exit code 3."""
+
+    exit_code = 3  # of an actor, so that its launcher waits for what the learner says of it
 
 
 class WireError(Exception):

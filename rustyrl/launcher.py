@@ -13,7 +13,7 @@ from typing import Any
 
 from rustyrl.channels import ControlServer, loopback_address
 from rustyrl.config import Config
-from rustyrl.errors import RunFailedError, UsageError
+from rustyrl.errors import ContractError, RunFailedError, UsageError
 from rustyrl.goal import goal_conditions
 from rustyrl.interrupts import Interrupts
 from rustyrl.judge import Candidate, Judge
@@ -221,9 +221,10 @@ class Launcher:
         if any(actor["ready"] and actor["pid"] not in ours for actor in self._report.get("actors", [])):
             return
         self._alone_since = self._alone_since or time.monotonic()
-        died = [child for child in self._actors if child.process.returncode]
+        explained = (0, ContractError.exit_code)
+        died = [child for child in self._actors if child.process.returncode not in explained]
         if not died and time.monotonic() - self._alone_since < ALONE_S:
-            return  # those that the learner sent home ended with 0, and it will say why itself
+            return  # those sent home ended with 0, a world that broke its contract was reported: the learner says why
         last = died[-1] if died else self._actors[-1]
         code, tail = last.process.returncode, last.tail()
         self._failure = RunFailedError(f"no actor is left; {last.name} ended with code {code}:\n{tail}")

@@ -60,7 +60,8 @@ class Rollout:
     Time first, slots second; slots stand in the order of ``origin.ticket.worlds``, E to a world.
 
     observation: name to `[T+1, W, ...]`, raw; the last row is what the bootstrap value is computed from
-    action: name to `[T, W, ...]`, raw samples before clipping
+    action: name to `[T, W, ...]`, raw samples before they are clipped or squashed
+    action_mask: name to `[T+1, W, choices]` bool for the masked parts of an action, True where a choice is allowed
     behavior_log_prob: `[T, W]` float32, log-probability of ``action`` under the ticket's policy version
     reward: `[T, W]` float32
     terminated: `[T, W]` bool, the future is worth 0
@@ -75,6 +76,7 @@ class Rollout:
     origin: RolloutOrigin
     observation: dict[str, NDArray[np.generic]]
     action: dict[str, NDArray[np.generic]]
+    action_mask: dict[str, NDArray[np.bool_]]
     behavior_log_prob: NDArray[np.float32]
     reward: NDArray[np.float32]
     terminated: NDArray[np.bool_]
@@ -100,10 +102,10 @@ def rollout_arrays(spec: EnvironmentSpec, unroll_length: int, slots: int) -> lis
     """The fixed-size arrays of a rollout in the order in which they stand on the wire."""
     steps = (unroll_length, slots)
     rows = (unroll_length + 1, slots)
-    action = spec.action.array
     return [
         *(ArraySpec(f"observation.{a.name}", rows + a.shape, a.dtype) for a in spec.observation),
-        ArraySpec(f"action.{action.name}", steps + action.shape, action.dtype),
+        *(ArraySpec(f"action.{part.name}", steps + part.shape, part.array.dtype) for part in spec.action),
+        *(ArraySpec(f"action_mask.{part.name}", rows + part.mask.shape, "bool") for part in spec.action if part.masked),
         ArraySpec("behavior_log_prob", steps, "float32"),
         ArraySpec("reward", steps, "float32"),
         ArraySpec("terminated", steps, "bool"),
@@ -153,6 +155,7 @@ def rollout_from_arrays(
         origin=origin,
         observation=observation,
         action=_under(views, "action."),
+        action_mask=_under(views, "action_mask."),  # type: ignore[arg-type]
         behavior_log_prob=views["behavior_log_prob"],  # type: ignore[arg-type]
         reward=views["reward"],  # type: ignore[arg-type]
         terminated=views["terminated"],  # type: ignore[arg-type]

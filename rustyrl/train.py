@@ -18,6 +18,7 @@ from rustyrl.progress import Progress, make_progress
 from rustyrl.rollout import array_bytes, rollout_arrays
 from rustyrl.run_folder import RunFolder, new_run_path
 from rustyrl.spec import EnvironmentSpec, read_spec
+from rustyrl.weights import check_squashable
 from rustyrl.wire import MAX_BLOB_BYTES
 
 __all__ = ["launch", "resume_config", "train"]
@@ -74,6 +75,7 @@ def _check(config: Config, spec: EnvironmentSpec, run: Path | None, resume: bool
         _check_resume(run, config, spec)
     if config.ppo.schedule == "linear" and not config.run.total_steps:
         raise UsageError("ppo.schedule 'linear' needs run.total_steps to know where it ends")
+    _check_box(config, spec)
     slots = spec.slots * config.batch.worlds
     size = sum(array_bytes(array) for array in rollout_arrays(spec, config.batch.unroll_length, slots))
     if size > MAX_BLOB_BYTES // 2:  # one actor may come to own every world; the other half is for ended episodes
@@ -87,6 +89,14 @@ def _check(config: Config, spec: EnvironmentSpec, run: Path | None, resume: bool
         raise UsageError(f"--init: there is no file {config.run.init}")
 
 
+def _check_box(config: Config, spec: EnvironmentSpec) -> None:
+    for part in spec.action if config.policy.box == "squashed" else ():
+        try:
+            check_squashable(part)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+
+
 def _check_resume(run: Path, config: Config, spec: EnvironmentSpec) -> None:
     """Refuse what a checkpoint cannot go on with, before anything in its folder is touched."""
     before = build_config(resume_config(run))
@@ -95,7 +105,7 @@ def _check_resume(run: Path, config: Config, spec: EnvironmentSpec) -> None:
             f"{run} was trained on {before.run.env} with {before.env or 'defaults'}, this is {config.run.env} with "
             f"{config.env or 'defaults'}: resume with the same environment, or start from its policy with --init"
         )
-    for key in ("hidden", "activation", "trunk", "normalize"):
+    for key in ("hidden", "activation", "trunk", "normalize", "box"):
         was, asked = getattr(before.policy, key), getattr(config.policy, key)
         if was != asked:
             raise UsageError(f"policy.{key} was {was!r} and is now {asked!r}; a resumed run keeps its networks")

@@ -26,6 +26,7 @@ __all__ = [
     "VARIANCE_FLOOR",
     "PolicySpec",
     "Weights",
+    "check_squashable",
     "decode_weights",
     "encode_weights",
     "read_policy",
@@ -34,6 +35,7 @@ __all__ = [
 
 METADATA_KEY = "rustyrl.policy"
 MAX_HEADER_BYTES = 1 << 20
+LARGEST_SQUASHED = 1e30  # bounds beyond are no bounds
 VARIANCE_FLOOR = 1e-8  # added to a variance before its root is taken, by whoever normalises
 
 
@@ -42,22 +44,49 @@ class PolicySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     The observation arrays are flattened and joined in the order given, normalised if ``normalize`` with the
     normaliser's mean and variance and clipped to +-``observation_clip``, and passed through a multilayer
-    perceptron with the ``hidden`` widths; its last layer gives logits (discrete) or means (box).
+    perceptron with the ``hidden`` widths; its last layer gives, part after part, logits (discrete) or means (box).
+    A box is a diagonal Gaussian whose samples are ``clipped`` to the bounds, or ``squashed`` into them by a tanh.
     """
 
     observation: tuple[ArraySpec, ...]
-    action: ActionSpec
+    action: Annotated[tuple[ActionSpec, ...], Meta(min_length=1, max_length=64)]
     hidden: tuple[Annotated[int, Meta(ge=1, le=65536)], ...]
     activation: Literal["tanh", "relu", "elu", "silu"]
     normalize: bool
     observation_clip: Annotated[float, Meta(gt=0)] = 10.0
-    format: Literal[1] = 1
+    box: Literal["clipped", "squashed"] = "clipped"
+    format: Literal[2] = 2
+
+    def __post_init__(self) -> None:
+        if self.box == "squashed":
+            for part in self.action:
+                check_squashable(part)
+
+    @property
+    def box_width(self) -> int:
+        """How many numbers of an action are drawn from Gaussians."""
+        return sum(part.width for part in self.action if part.kind == "box")
+
+    @property
+    def output_width(self) -> int:
+        """The width of the network's last layer."""
+        return sum(part.output_width for part in self.action)
 
     @property
     def summary(self) -> str:
         """What it maps to what and through what, in a line."""
         through = f"{' x '.join(map(str, self.hidden)) or 'no'} {self.activation}"
         return f"{spaces_text(self.observation, self.action)} through {through}{' normalised' * self.normalize}"
+
+
+def check_squashable(part: ActionSpec) -> None:
+    """Raise ValueError if a part of an action is a box whose bounds a tanh cannot be stretched to."""
+    low, high = np.array(part.low, np.float32), np.array(part.high, np.float32)
+    if (np.abs([low, high]) > LARGEST_SQUASHED).any() or (low >= high).any():
+        raise ValueError(
+            f"policy.box 'squashed' needs bounds, low below high; those of action {part.name!r} are {part.low} to "
+            f"{part.high}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +104,12 @@ def weights_layout(spec: PolicySpec) -> dict[str, tuple[int, ...]]:
     """
     width = sum(array.width for array in spec.observation)
     layout: dict[str, tuple[int, ...]] = {}
-    sizes = [width, *spec.hidden, spec.action.parameter_count]
+    sizes = [width, *spec.hidden, spec.output_width]
     for index, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
         layout[f"policy.{index}.weight"] = (fan_in, fan_out)
         layout[f"policy.{index}.bias"] = (fan_out,)
-    if spec.action.kind == "box":
-        layout["log_std"] = (spec.action.parameter_count,)
+    if spec.box_width:
+        layout["log_std"] = (spec.box_width,)
     if spec.normalize:
         layout |= {"normalizer.mean": (width,), "normalizer.variance": (width,), "normalizer.count": (1,)}
     return layout

@@ -31,6 +31,7 @@ from rustyrl.weights import Weights, decode_weights
 
 __all__ = [
     "WIRE_VERSION",
+    "Fault",
     "Goodbye",
     "Hello",
     "Lease",
@@ -46,10 +47,10 @@ __all__ = [
     "encode_rollout",
 ]
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 MAX_HEADER_BYTES = 1 << 20
 MAX_BLOB_BYTES = 1 << 31
-MAX_ARRAYS = 256
+MAX_ARRAYS = 1024
 MAX_WORLDS = 65536
 
 Count = Annotated[int, Meta(ge=0, le=2**62)]
@@ -117,6 +118,12 @@ class WeightsHeader(_Message, frozen=True, tag="weights"):
     policy_version: Count
 
 
+class Fault(_Message, frozen=True, tag="fault"):
+    """Actor to learner: the world broke its contract, as this says; no actor could go on with it."""
+
+    reason: Text
+
+
 class Lease(_Message, frozen=True, tag="lease"):
     """Actor to learner: I live."""
 
@@ -140,7 +147,7 @@ class RolloutHeader(_Message, frozen=True, tag="rollout"):
     arrays: Annotated[tuple[ArraySpec, ...], Meta(max_length=MAX_ARRAYS)]
 
 
-Message = Hello | Welcome | Ready | Refusal | TicketMessage | WeightsHeader | Lease | Goodbye | RolloutHeader
+Message = Hello | Welcome | Ready | Refusal | Fault | TicketMessage | WeightsHeader | Lease | Goodbye | RolloutHeader
 
 
 def encode_message(message: Message) -> bytes:
@@ -279,6 +286,7 @@ def _fixed_arrays(rollout: Rollout) -> list[tuple[str, NDArray[Any]]]:
     return [
         *((f"observation.{name}", array) for name, array in rollout.observation.items()),
         *((f"action.{name}", array) for name, array in rollout.action.items()),
+        *((f"action_mask.{name}", array) for name, array in rollout.action_mask.items()),
         ("behavior_log_prob", rollout.behavior_log_prob),
         ("reward", rollout.reward),
         ("terminated", rollout.terminated),

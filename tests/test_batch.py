@@ -34,13 +34,22 @@ SPEC = EnvironmentSpec(
         ArraySpec("tile", (), "int32"),
         ArraySpec("eyes", (3,), "uint8"),
     ),
-    action=ActionSpec("box", name="push", shape=(2, 1), low=(-1.0, -1.0), high=(1.0, 1.0)),
+    action=(ActionSpec("box", name="push", shape=(2, 1), low=(-1.0, -1.0), high=(1.0, 1.0)),),
     slots=SLOTS,
     step_s=0.1,
     max_episode_steps=50,
     metrics=(MetricSpec("success_rate", "success", "mean"), MetricSpec("fall_rate", "fall", "mean")),
 )
-DISCRETE = msgspec.structs.replace(SPEC, action=ActionSpec("discrete", name="push", count=4))
+DISCRETE = msgspec.structs.replace(SPEC, action=(ActionSpec("discrete", name="push", counts=(4,)),))
+MASKED = msgspec.structs.replace(
+    SPEC,
+    action=(
+        ActionSpec("discrete", name="gait", shape=(2,), counts=(3, 2), masked=True),
+        ActionSpec("box", name="push", shape=(2, 1), low=(-1.0, -1.0), high=(1.0, 1.0)),
+        ActionSpec("discrete", name="call", counts=(4,), masked=True),
+    ),
+)
+SPECS = pytest.mark.parametrize("spec", [SPEC, DISCRETE, MASKED], ids=["box", "discrete", "masked"])
 OWNERSHIPS = {
     "one actor": [(0, 1, 2, 3)],
     "two actors": [(0, 1), (2, 3)],
@@ -105,11 +114,15 @@ def seen_by(spec: EnvironmentSpec, rng: np.random.Generator) -> dict[str, NDArra
 def write_numbers(rollout: Rollout, here: slice, rng: np.random.Generator) -> None:
     for array in rollout.observation.values():
         array[:, here] = (100 * rng.random(array[:, here].shape)).astype(array.dtype)
-    (action,) = rollout.action.values()
-    if action.dtype == np.int64:
-        action[:, here] = rng.integers(0, 4, action[:, here].shape)
-    else:
-        action[:, here] = rng.standard_normal(action[:, here].shape)
+    for name, action in rollout.action.items():
+        if action.dtype == np.int64:
+            action[:, here] = rng.integers(0, 4 if name != "gait" else (3, 2), action[:, here].shape)
+        else:
+            action[:, here] = rng.standard_normal(action[:, here].shape)
+    for name, mask in rollout.action_mask.items():
+        mask[:, here] = rng.random(mask[:, here].shape) < 0.5
+        taken, first = rollout.action[name][:, here].reshape(STEPS, SLOTS, -1), (0, 3)[: 1 + (name == "gait")]
+        np.put_along_axis(mask[:-1, here], taken + np.array(first), True, axis=2)
     rollout.behavior_log_prob[:, here] = -rng.random((STEPS, SLOTS))
     rollout.reward[:, here] = rng.standard_normal((STEPS, SLOTS))
     rollout.terminated[:, here] = rollout.truncated[:, here] = False
@@ -134,6 +147,9 @@ def filled(rollouts: list[Rollout], spec: EnvironmentSpec = SPEC) -> BatchBuffer
 def assert_same_batch(first: Batch, second: Batch) -> None:
     for field in fields(Batch):
         one, other = getattr(first, field.name), getattr(second, field.name)
+        if one is None or other is None:
+            assert one is other is None, field.name
+            continue
         assert one.dtype == other.dtype, field.name
         assert torch.equal(one, other), field.name
 
@@ -147,7 +163,7 @@ def assert_same_episodes(first: EpisodeRows, second: EpisodeRows) -> None:
 
 
 def test_the_rollouts_of_these_tests_would_be_admitted() -> None:
-    for spec in (SPEC, DISCRETE):
+    for spec in (SPEC, DISCRETE, MASKED):
         rollout = rollout_of((0, 1, 2, 3), spec)
         admit(rollout, spec, STEPS, 0)
         assert rollout.terminated.any()
@@ -155,7 +171,7 @@ def test_the_rollouts_of_these_tests_would_be_admitted() -> None:
         assert not rollout.valid.all()
 
 
-@pytest.mark.parametrize("spec", [SPEC, DISCRETE])
+@SPECS
 @pytest.mark.parametrize("owners", OWNERSHIPS.values(), ids=OWNERSHIPS.keys())
 def test_ownership_and_order_of_arrival_cannot_change_a_batch(
     owners: list[tuple[int, ...]], spec: EnvironmentSpec
@@ -168,15 +184,24 @@ def test_ownership_and_order_of_arrival_cannot_change_a_batch(
         assert_same_episodes(buffer.episodes(), episodes)
 
 
-@pytest.mark.parametrize("spec", [SPEC, DISCRETE])
+@SPECS
 def test_columns_are_the_slots_of_the_worlds_in_order(spec: EnvironmentSpec) -> None:
     rollout = rollout_of((0, 1, 2, 3), spec)
     batch = filled([rollout_of((2, 3), spec), rollout_of((0, 1), spec)], spec).to_device(CPU)
     for name in ("behavior_log_prob", "reward", "terminated", "truncated", "valid"):
         np.testing.assert_array_equal(getattr(batch, name).numpy(), getattr(rollout, name))
-    np.testing.assert_array_equal(batch.action.numpy(), rollout.action["push"].reshape(batch.action.shape))
-    assert batch.action.shape == ((STEPS, COLUMNS) if spec is DISCRETE else (STEPS, COLUMNS, 2))
-    assert batch.action.dtype == (torch.int64 if spec is DISCRETE else torch.float32)
+    joined = [rollout.action[part.name].reshape(STEPS, COLUMNS, -1) for part in spec.action]
+    np.testing.assert_array_equal(batch.action.numpy(), np.concatenate(joined, axis=2))
+    assert batch.action.shape == (STEPS, COLUMNS, {id(SPEC): 2, id(DISCRETE): 1, id(MASKED): 5}[id(spec)])
+    assert batch.action.dtype == torch.float32
+    if spec is not MASKED:
+        assert batch.action_mask is None
+        return
+    assert batch.action_mask is not None
+    assert batch.action_mask.shape == (STEPS, COLUMNS, 9)
+    assert batch.action_mask.dtype == torch.bool
+    masks = np.concatenate([rollout.action_mask[name][:-1] for name in ("gait", "call")], axis=2)
+    np.testing.assert_array_equal(batch.action_mask.numpy(), masks)
 
 
 def test_observation_arrays_are_flattened_and_joined_in_the_order_of_the_spec() -> None:
@@ -276,7 +301,7 @@ def normalizer_of(seed: int = 0) -> ObservationNormalizer:
 
 @pytest.mark.parametrize("lagged", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("spec", [SPEC, DISCRETE])
+@SPECS
 def test_the_update_reads_exactly_the_valid_rows(spec: EnvironmentSpec, shared: bool, lagged: bool) -> None:
     network, normalizer = network_of(spec, shared=shared), normalizer_of()
     batch = filled([rollout_of((0, 1, 2, 3), spec)], spec).to_device(CPU)
@@ -293,15 +318,20 @@ def test_the_update_reads_exactly_the_valid_rows(spec: EnvironmentSpec, shared: 
     for n, (t, b) in enumerate(rows.tolist()):
         assert torch.equal(result.observation[n], normalizer.apply(batch.observation[t, b]))
         assert torch.equal(result.action[n], batch.action[t, b])
+        if batch.action_mask is not None:
+            assert result.action_mask is not None
+            assert torch.equal(result.action_mask[n], batch.action_mask[t, b])
         assert result.behavior_log_prob[n] == batch.behavior_log_prob[t, b]
         torch.testing.assert_close(result.value[n], value[t, b], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(result.advantage[n], advantage[t, b], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(result.value_target[n], advantage[t, b] + value[t, b], rtol=1e-4, atol=1e-4)
     with torch.no_grad():
-        now = network.log_prob(network(result.observation)[0], result.action)
+        now = network.log_prob(network(result.observation)[0], result.action, result.action_mask)
     expected = now if lagged else result.behavior_log_prob
     torch.testing.assert_close(result.proximal_log_prob, expected, rtol=1e-5, atol=1e-5)
-    assert not any(getattr(result, field.name).requires_grad for field in fields(result))
+    assert (result.action_mask is None) == (spec is not MASKED)
+    kept = [getattr(result, field.name) for field in fields(result)]
+    assert not any(tensor.requires_grad for tensor in kept if tensor is not None)
 
 
 def test_numbers_of_rows_without_an_agent_do_not_reach_the_update() -> None:
@@ -317,7 +347,8 @@ def test_numbers_of_rows_without_an_agent_do_not_reach_the_update() -> None:
     batch.action[empty] = math.nan
     after = training_batch(network, normalizer, batch, 0.99, 0.95, lagged=True)
     for field in fields(before):
-        assert torch.equal(getattr(after, field.name), getattr(before, field.name)), field.name
+        if field.name != "action_mask":
+            assert torch.equal(getattr(after, field.name), getattr(before, field.name)), field.name
 
 
 def test_without_a_normalizer_the_update_reads_raw_observations() -> None:

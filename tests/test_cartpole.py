@@ -32,7 +32,7 @@ class SeenWorld(CartPoleWorld):
 
 def make_environment(slots: int) -> tuple[SeenWorld, ColumnEnvironment, StepRows]:
     world = SeenWorld(slots, CartPoleParameters())
-    spec = describe_world("cartpole", world, slots, CartPoleParameters())
+    spec = describe_world("cartpole", world.info, slots, CartPoleParameters(), {})
     return world, ColumnEnvironment(world, spec), allocate_rows(spec)
 
 
@@ -56,9 +56,9 @@ def test_one_step_from_any_state_is_gymnasiums() -> None:
     actions = rng.integers(0, 2, count)
     world, environment, rows = make_environment(count)
     with closing(environment), closing(gymnasium_cartpole()) as reference:
-        environment.reset((0,), rows.observation)
+        environment.reset((0,), rows)
         world.place(states)
-        environment.step(actions, rows)
+        environment.step({"main": actions}, rows)
         reference.reset(seed=0)
         for row, (state, action) in enumerate(zip(states, actions, strict=True)):
             reference.reset()
@@ -74,11 +74,11 @@ def test_observation_is_gymnasiums() -> None:
     world, environment, rows = make_environment(1)
     with closing(environment), closing(gymnasium_cartpole()) as reference:
         expected, _ = reference.reset(seed=3)
-        environment.reset((0,), rows.observation)
+        environment.reset((0,), rows)
         for action in (0, 1, 1):
             world.place(reference.unwrapped.state)
             expected, *_ = reference.step(action)
-            environment.step(np.array([action]), rows)
+            environment.step({"main": np.array([action])}, rows)
             assert rows.observation["main"].dtype == expected.dtype
             np.testing.assert_allclose(rows.observation["main"][0], expected, rtol=1e-6)
 
@@ -90,13 +90,13 @@ def test_a_random_episode_goes_and_ends_as_gymnasiums(seed: int) -> None:
     world, environment, rows = make_environment(1)
     with closing(environment), closing(gymnasium_cartpole()) as reference:
         reference.reset(seed=seed)
-        environment.reset((seed,), rows.observation)
+        environment.reset((seed,), rows)
         world.place(reference.unwrapped.state)
         terminated, length = False, 0
         while not terminated:
             action = int(rng.integers(2))
             _, reward, terminated, truncated, _ = reference.step(action)
-            outcome = environment.step(np.array([action]), rows)
+            outcome = environment.step({"main": np.array([action])}, rows)
             length += 1
             np.testing.assert_allclose(world.seen[0], reference.unwrapped.state, rtol=1e-8, atol=1e-10)
             assert (rows.reward[0], rows.terminated[0], rows.truncated[0]) == (reward, terminated, truncated)
@@ -109,13 +109,13 @@ def test_a_balanced_episode_is_truncated_at_step_500_as_gymnasiums() -> None:
     world, environment, rows = make_environment(1)
     with closing(environment), closing(gymnasium_cartpole()) as reference:
         reference.reset(seed=1)
-        environment.reset((0,), rows.observation)
+        environment.reset((0,), rows)
         for step in range(1, 501):
             state = reference.unwrapped.state
             world.place(state)  # an upright pole is unstable: rounding would grow without bound in 500 steps
             action = int(np.dot(state, (0.1, 0.3, 3.0, 1.0)) > 0)
             _, reward, terminated, truncated, _ = reference.step(action)
-            outcome = environment.step(np.array([action]), rows)
+            outcome = environment.step({"main": np.array([action])}, rows)
             np.testing.assert_allclose(world.seen[0], reference.unwrapped.state, rtol=1e-12, atol=1e-14)
             assert (rows.reward[0], rows.terminated[0], rows.truncated[0]) == (reward, terminated, truncated)
             assert truncated == (step == 500)
@@ -126,7 +126,7 @@ def test_a_balanced_episode_is_truncated_at_step_500_as_gymnasiums() -> None:
 def test_starts_are_drawn_from_gymnasiums_range() -> None:
     world, environment, rows = make_environment(4096)
     with closing(environment):
-        environment.reset((5,), rows.observation)
+        environment.reset((5,), rows)
         start = world.seen
     assert (np.abs(start) <= 0.05).all()
     np.testing.assert_allclose(start.min(axis=0), -0.05, atol=0.001)

@@ -261,7 +261,7 @@ class Training:
     def __init__(self, seed: int) -> None:
         observation = (ArraySpec("main", (5,), "float32"),)
         action = ActionSpec("box", shape=(2,), low=(-1.0, -1.0), high=(1.0, 1.0))
-        spec = PolicySpec(observation, action, (16, 16), "tanh", normalize=False)
+        spec = PolicySpec(observation, (action,), (16, 16), "tanh", normalize=False)
         torch.manual_seed(seed)
         self.network = ActorCritic(spec, shared=False, initial_log_std=0.0)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1.0, eps=1e-5, fused=True)
@@ -272,7 +272,7 @@ class Training:
         generator = torch.Generator().manual_seed(number)
         columns: list[Any] = [torch.randn(48, generator=generator) for _ in range(5)]
         observation, action = (torch.randn(48, width, generator=generator) for width in (5, 2))
-        batch = TrainingBatch(observation, action, *columns)
+        batch = TrainingBatch(observation, action, None, *columns)
         self.rate = ppo_update(self.network, self.optimizer, batch, CONFIG, self.rate, self.shuffle).learning_rate
 
     def save(self, folder: Path, version: int) -> None:

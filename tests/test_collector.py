@@ -12,9 +12,11 @@ from clusters import poll
 
 from rustyrl import configure
 from rustyrl.channels import RolloutReceiver, RolloutSender
+from rustyrl.errors import ContractError
 from rustyrl.rollout import RolloutOrigin, allocate_rollout
 from rustyrl.weights import PolicySpec, encode_weights
 from rustyrl.wire import (
+    Fault,
     Hello,
     Lease,
     Ready,
@@ -191,6 +193,30 @@ def test_an_idle_actor_that_says_so_is_kept(collector):
 
         poll(aged, "time to pass")
         assert [actor["index"] for actor in thread.snapshot()["actors"]] == [0]
+
+
+def test_a_fault_of_the_world_ends_the_run_with_its_text(collector):
+    thread, receiver = collector
+    peer = Peer(receiver.address, 0, 1)
+    with peer.link:
+        peer.ready()
+        peer.ticket()
+        peer.link.send(Fault("world 0 of 'cartpole', slot 1: reward holds nan"))
+        with pytest.raises(ContractError, match="world 0 of 'cartpole', slot 1: reward holds nan"):
+            thread.next_batch(10.0)
+
+
+def test_a_fault_of_who_has_not_joined_ends_nothing(collector):
+    thread, receiver = collector
+    with RolloutSender(receiver.address) as stranger:
+        stranger.send(Fault("whatever it says"))
+        poll(lambda: thread.snapshot()["refused_messages"] == {"unexpected-fault": 1}, "the count")
+    peer = Peer(receiver.address, 0, 1)
+    with peer.link:
+        peer.link.send(Fault("whatever it says"))
+        peer.ready()
+        peer.answer(peer.ticket())
+        assert thread.next_batch(10.0) is not None
 
 
 def test_a_stranger_that_sends_rollouts_is_told_that_nobody_knows_it(collector):

@@ -18,8 +18,9 @@ from rustyrl.spec import MetricSpec
 from rustyrl_actors.agent import Agent
 from rustyrl_actors.catalog import find_environment
 from rustyrl_actors.column import ColumnEnvironment
+from rustyrl_actors.draws import SlotDraws
 from rustyrl_actors.environment import StepRows, allocate_rows, rows_of
-from rustyrl_actors.world import WorldInfo, describe_world
+from rustyrl_actors.world import NoParameters, WorldInfo, describe_world
 
 SLOTS = 5
 LIMIT = 7
@@ -86,16 +87,50 @@ class CountingWorld:
         esper.add_processor(CountingProcessor(self._parameters))
         return self._agent
 
-    def reset(self, rows: NDArray[np.intp], rng: np.random.Generator) -> None:
+    def reset(self, rows: NDArray[np.intp], rng: SlotDraws) -> None:
         self._count.ticks[rows] = 0
         self._count.episode[rows] += 1
-        self._count.draw[rows] = rng.random(len(rows))
+        self._count.draw[rows] = rng.random()
         self._agent.episode_metrics["draw"][rows] = self._count.draw[rows]
 
     def observe(self, rows: NDArray[np.intp] | slice) -> None:
         count = self._count
         seen = np.stack([count.ticks, count.episode, np.arange(self._slots), count.draw], axis=1)
-        self._agent.observation["main"][rows] = seen[rows]
+        self._agent.observation[rows] = seen[rows]
+
+
+class MaskedProcessor(CountingProcessor):
+    """Counts; what is done it leaves to the test."""
+
+    def process(self) -> None:
+        for _, (count, agent) in esper.get_components(Count, Agent):
+            count.ticks += 1
+            agent.terminated |= count.ticks >= np.array(self._parameters.lifetime)
+
+
+class MaskedWorld(CountingWorld):
+    """Of two observations and two parts of an action; allows less and less, and never says what is allowed again."""
+
+    def __init__(self, slots: int, parameters: CountingParameters) -> None:
+        super().__init__(slots, parameters)
+        line, spaces = gymnasium.spaces.Box(-1, 1, (1,)), gymnasium.spaces
+        self.info = msgspec.structs.replace(
+            self.info,
+            observation_space=spaces.Dict({"ticks": spaces.Box(0, 1e9, ()), "slot": spaces.Box(0, 1e9, ())}),
+            action_space=spaces.Dict({"push": line, "gait": spaces.MultiDiscrete([2, 3]), "call": spaces.Discrete(4)}),
+            action_mask=True,
+        )
+
+    def build(self) -> Agent:
+        esper.create_entity(self._count, self._agent)
+        esper.add_processor(MaskedProcessor(self._parameters))
+        return self._agent
+
+    def observe(self, rows: NDArray[np.intp] | slice) -> None:
+        self._agent.observation["ticks"][rows] = self._count.ticks[rows]
+        self._agent.observation["slot"][rows] = np.arange(self._slots)[rows]
+        for row in np.arange(self._slots)[rows]:
+            self._agent.action_mask["call"][row, : self._count.ticks[row]] = False
 
 
 Make = Callable[..., tuple[ColumnEnvironment, StepRows]]
@@ -107,14 +142,14 @@ def make() -> Iterator[Make]:
     before = esper.list_worlds()
 
     def make_one(
-        *, stagger: bool = False, slots: int = SLOTS, **settings: object
+        kind: type[CountingWorld] = CountingWorld, *, stagger: bool = False, slots: int = SLOTS, **settings: object
     ) -> tuple[ColumnEnvironment, StepRows]:
         parameters = msgspec.convert(settings, CountingParameters)
-        world = CountingWorld(slots, parameters)
-        spec = describe_world("counting", world, slots, parameters)
+        world = kind(slots, parameters)
+        spec = describe_world("counting", world.info, slots, parameters, {})
         environment = ColumnEnvironment(world, spec, stagger=stagger)
         rows = allocate_rows(spec)
-        environment.reset((1, 2, 3), rows.observation)
+        environment.reset((1, 2, 3), rows)
         return environment, rows
 
     yield make_one
@@ -123,8 +158,8 @@ def make() -> Iterator[Make]:
         esper.delete_world(context)
 
 
-def act(value: int = 0, slots: int = SLOTS) -> NDArray[np.int64]:
-    return np.full(slots, value, np.int64)
+def act(value: int = 0, slots: int = SLOTS) -> dict[str, NDArray[np.generic]]:
+    return {"main": np.full(slots, value, np.int64)}
 
 
 def ticks_and_episode(rows: StepRows) -> list[list[float]]:
@@ -150,17 +185,24 @@ def test_an_ended_slot_is_reset_in_the_same_step(make: Make) -> None:
     assert ticks_and_episode(rows) == [[1, 1], [3, 0], [0, 1], [3, 0], [1, 1]]
 
 
-def test_truncated_step_shows_the_final_observation_of_the_old_episode(make: Make) -> None:
+def test_an_ended_slot_shows_the_final_observation_of_the_old_episode(make: Make) -> None:
     environment, rows = make(lifetime=(NEVER, 3, NEVER, NEVER, NEVER))
-    for _ in range(LIMIT - 1):
+    for step in range(1, LIMIT):
         outcome = environment.step(act(), rows)
-        assert outcome.final_slots is None
-        assert outcome.final_observation is None
+        assert not rows.truncated.any()
+        if step % 3:
+            assert outcome.episodes is None
+            assert outcome.final_observation is None
+            continue
+        assert outcome.episodes is not None
+        assert outcome.final_observation is not None
+        assert outcome.episodes.slot.tolist() == [1]
+        assert outcome.final_observation["main"][:, :3].tolist() == [[3, step // 3 - 1, 1]]
     outcome = environment.step(act(), rows)
     assert rows.truncated.tolist() == [True, False, True, True, True]
-    assert outcome.final_slots is not None
+    assert outcome.episodes is not None
     assert outcome.final_observation is not None
-    assert outcome.final_slots.tolist() == [0, 2, 3, 4]
+    assert outcome.episodes.slot.tolist() == [0, 2, 3, 4]
     assert outcome.final_observation["main"][:, :3].tolist() == [[LIMIT, 0, slot] for slot in (0, 2, 3, 4)]
     assert ticks_and_episode(rows)[0] == [0, 1]
 
@@ -181,8 +223,8 @@ def test_terminated_wins_over_truncated(make: Make) -> None:
         outcome = environment.step(act(), rows)
     assert rows.terminated.tolist() == [True, False, True, False, False]
     assert rows.truncated.tolist() == [False, True, False, True, True]
-    assert outcome.final_slots is not None
-    assert outcome.final_slots.tolist() == [1, 3, 4]
+    assert outcome.episodes is not None
+    assert outcome.episodes.slot.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_world_may_truncate_before_the_limit(make: Make) -> None:
@@ -265,7 +307,7 @@ def test_without_stagger_slots_end_together(make: Make) -> None:
 
 
 def history(environment: ColumnEnvironment, rows: StepRows, seed: tuple[int, ...]) -> NDArray[np.float32]:
-    environment.reset(seed, rows.observation)
+    environment.reset(seed, rows)
     seen = [rows.observation["main"].copy()]
     for _ in range(3 * LIMIT):
         environment.step(act(), rows)
@@ -357,7 +399,7 @@ def test_closing_removes_the_esper_world(make: Make, current: bool) -> None:
 
 def test_an_undelivered_metric_is_a_contract_error_that_names_it(make: Make) -> None:
     before = esper.list_worlds()
-    with pytest.raises(ContractError, match=r"'counting' declares the episode metrics \['mood'\]"):
+    with pytest.raises(ContractError, match=r"'counting' declares the episode metric 'mood'.*5 slots.*got None"):
         make(declared=("draw", "mood"))
     assert esper.list_worlds() == before
 
@@ -366,18 +408,162 @@ def test_an_undelivered_metric_is_a_contract_error_that_names_it(make: Make) -> 
 def test_replacing_an_array_of_the_agent_is_a_contract_error_that_says_to_write_into_it(name: str) -> None:
     source = find_environment("cartpole", {"slots": 2})
     environment, rows = source.make(), allocate_rows(source.spec)
-    environment.reset((1,), rows.observation)
+    environment.reset((1,), rows)
     observe = environment._world.observe
 
     def replace(which: object) -> None:
         observe(which)
         agent = environment._agent
         if name == "observation":
-            agent.observation = {"main": agent.observation["main"].copy()}
+            agent.observation = agent.observation.copy()
         else:
             setattr(agent, name, getattr(agent, name).copy())
 
     environment._world.observe = replace
     with pytest.raises(ContractError, match=f"write into .*agent.{name}"):
-        environment.step(np.zeros(2, np.int64), rows)
+        environment.step(act(slots=2), rows)
     environment.close()
+
+
+def hybrid_action() -> dict[str, NDArray[np.generic]]:
+    return {
+        "call": np.arange(SLOTS) % 4,
+        "gait": np.zeros((SLOTS, 2), np.int64),
+        "push": np.zeros((SLOTS, 1), np.float32),
+    }
+
+
+def test_parts_of_a_dict_are_dicts_of_arrays_and_a_box_is_an_array(make: Make) -> None:
+    environment, rows = make(MaskedWorld)
+    action = hybrid_action()
+    environment.step(action, rows)
+    agent = environment._agent
+    assert agent.action == action
+    assert {name: array.shape for name, array in agent.observation.items()} == {"ticks": (SLOTS,), "slot": (SLOTS,)}
+    assert {name: mask.shape for name, mask in agent.action_mask.items()} == {"gait": (SLOTS, 5), "call": (SLOTS, 4)}
+    plain, rows = make()
+    plain.step(act(1), rows)
+    assert plain._agent.action.tolist() == [1] * SLOTS
+    assert plain._agent.observation.shape == (SLOTS, 4)
+    assert plain._agent.action_mask is None
+
+
+def test_every_choice_is_allowed_but_those_that_the_world_forbids_in_this_step(make: Make) -> None:
+    environment, rows = make(MaskedWorld)
+    assert rows.action_mask["call"].all()
+    for step in (1, 2, 3):
+        for mask in rows.action_mask.values():
+            mask[...] = False  # what stood there before, in rows that are used again
+        environment.step(hybrid_action(), rows)
+        assert rows.action_mask["gait"].all()
+        assert rows.action_mask["call"].tolist() == [[choice >= step for choice in range(4)]] * SLOTS
+
+
+def test_what_was_forbidden_at_the_end_of_an_episode_is_allowed_in_the_next(make: Make) -> None:
+    environment, rows = make(MaskedWorld, lifetime=(2, NEVER, 3, NEVER, NEVER))
+    for _ in range(2):
+        environment.step(hybrid_action(), rows)
+    assert rows.terminated.tolist() == [True, False, False, False, False]
+    assert rows.action_mask["call"].sum(axis=1).tolist() == [4, 2, 2, 2, 2]
+    environment.reset((1,), rows)
+    assert rows.action_mask["call"].all()
+
+
+def test_a_mask_that_allows_nothing_is_a_contract_error_that_names_slot_and_step(make: Make) -> None:
+    environment, rows = make(MaskedWorld, lifetime=(3, NEVER, 3, NEVER, NEVER))
+    for _ in range(3):
+        environment.step(hybrid_action(), rows)
+    with pytest.raises(ContractError, match=r"slot 1, tick 4 \(env step 4\).*action_mask\['call'\].*at least one"):
+        environment.step(hybrid_action(), rows)
+
+
+@pytest.mark.parametrize("field", ["observation", "action_mask"])
+def test_replacing_one_array_of_a_dict_is_a_contract_error_that_names_it(make: Make, field: str) -> None:
+    environment, rows = make(MaskedWorld)
+    observe = environment._world.observe
+
+    def replace(which: object) -> None:
+        observe(which)
+        arrays = getattr(environment._agent, field)
+        name = "ticks" if field == "observation" else "call"
+        arrays[name] = arrays[name].copy()
+
+    environment._world.observe = replace  # type: ignore[method-assign]
+    name = "ticks" if field == "observation" else "call"
+    with pytest.raises(ContractError, match=rf"write into it: agent\.{field}\['{name}'\]\[rows\] = "):
+        environment.step(hybrid_action(), rows)
+
+
+def test_rows_of_a_slot_are_the_same_whenever_the_slots_beside_it_ended(make: Make) -> None:
+    """Each draws from a generator of its own."""
+    histories = []
+    for lifetime in ((2, 3, 4, 1, NEVER), (2, NEVER, 1, 3, NEVER)):
+        environment, rows = make(lifetime=lifetime)
+        seen = [rows.observation["main"][[0, 4]].copy()]
+        for _ in range(20):
+            environment.step(act(), rows)
+            seen.append(rows.observation["main"][[0, 4]].copy())
+        histories.append(np.array(seen))
+    np.testing.assert_array_equal(histories[0], histories[1])
+    assert len(np.unique(histories[0][:, 0, 3])) > 9  # and every episode draws anew
+
+
+class MortalWorld:
+    """Two lives of two ticks; what its mask says comes from the test."""
+
+    def __init__(self, space: gymnasium.Space, mask: Callable[[MortalWorld, NDArray[np.intp] | slice], None]) -> None:
+        self.info = WorldInfo(
+            observation_space=gymnasium.spaces.Box(-1, 1, (1,), np.float32),
+            action_space=space,
+            action_mask=True,
+            step_s=1.0,
+            max_episode_steps=NEVER,
+        )
+        self.agent = Agent()
+        self.lives = np.zeros(2)
+        self._mask = mask
+
+    def build(self) -> Agent:
+        world = self
+
+        class Wear(esper.Processor):
+            def process(self) -> None:
+                world.lives -= 1
+                world.agent.terminated[:] = world.lives <= 0
+
+        esper.create_entity(self.agent)
+        esper.add_processor(Wear())
+        return self.agent
+
+    def reset(self, rows: NDArray[np.intp], rng: SlotDraws) -> None:
+        self.lives[rows] = 2
+
+    def observe(self, rows: NDArray[np.intp] | slice) -> None:
+        self.agent.observation[rows] = 0
+        self._mask(self, rows)
+
+
+def run_mortals(world: MortalWorld) -> None:
+    spec = describe_world("mortal", world.info, 2, NoParameters(), {})
+    environment, rows = ColumnEnvironment(world, spec), allocate_rows(spec)
+    try:
+        environment.reset((1,), rows)
+        for _ in range(4):
+            environment.step({"main": np.zeros((2, *spec.action[0].shape), np.int64)}, rows)
+    finally:
+        environment.close()
+
+
+def test_the_mask_of_an_agent_that_has_just_died_may_allow_nothing() -> None:
+    def only_the_living(world: MortalWorld, rows: NDArray[np.intp] | slice) -> None:
+        world.agent.action_mask[rows] = (world.lives[rows] > 0)[:, None]
+
+    run_mortals(MortalWorld(gymnasium.spaces.Discrete(3), only_the_living))
+
+
+def test_a_mask_that_allows_nothing_for_one_number_of_several_is_a_contract_error() -> None:
+    def none_for_the_first(world: MortalWorld, rows: NDArray[np.intp] | slice) -> None:
+        world.agent.action_mask[rows, :2] = False
+
+    with pytest.raises(ContractError, match="at least one choice that is allowed for its number 0"):
+        run_mortals(MortalWorld(gymnasium.spaces.MultiDiscrete([2, 3]), none_for_the_first))

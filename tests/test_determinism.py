@@ -48,7 +48,8 @@ def first_batch(config: Config, spec: EnvironmentSpec, actors: int, tmp_path: Pa
         buffer = collector.next_batch(60.0)
         assert buffer is not None
         batch = buffer.to_device(torch.device("cpu"))
-        return {name: getattr(batch, name).numpy().copy() for name in batch.__slots__}
+        tensors = {name: getattr(batch, name) for name in batch.__slots__}
+        return {name: tensor.numpy().copy() for name, tensor in tensors.items() if tensor is not None}
     finally:
         collector.close()
         for process in processes:

@@ -54,7 +54,7 @@ def test_policy_processor_acts_as_the_policy_does():
 
     spec = PolicySpec(
         (ArraySpec("main", (3,), "float32"),),
-        ActionSpec("box", "main", shape=(2,), low=(-0.1, -0.1), high=(0.1, 0.1)),
+        (ActionSpec("box", "main", shape=(2,), low=(-0.1, -0.1), high=(0.1, 0.1)),),
         (8,),
         "tanh",
         normalize=False,
@@ -65,9 +65,9 @@ def test_policy_processor_acts_as_the_policy_does():
     observation = rng.normal(size=(5, 3)).astype(np.float32)
     expected = np.zeros((5, 2), np.float32)
     policy = Policy(weights, 5)
-    policy.act({"main": observation}, None, expected)
+    policy.act({"main": observation}, None, {"main": expected})
     esper.switch_world("game")
-    agent = Agent(observation={"main": observation})
+    agent = Agent(observation=observation)
     esper.create_entity(agent)
     esper.add_processor(PolicyProcessor(weights))
     esper.process()
@@ -87,11 +87,11 @@ def test_configuration_page_is_what_the_configuration_says():
 def test_example_world_runs():
     source = find_environment(f"{ROOT}/examples/point.py:Point", {"slots": 8, "thrust": 2.0})
     environment, rows = source.make(), allocate_rows(source.spec)
-    environment.reset((1,), rows.observation)
+    environment.reset((1,), rows)
     ended = 0
     for _ in range(200):
         goal = rows.observation["main"][:, :2] - rows.observation["main"][:, 2:]
-        step = environment.step(np.clip(goal, -1, 1), rows)
+        step = environment.step({"main": np.clip(goal, -1, 1)}, rows)
         ended += 0 if step.episodes is None else len(step.episodes.slot)
     environment.close()
     assert ended == 8

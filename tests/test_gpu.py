@@ -38,7 +38,7 @@ def test_forward_on_cuda_equals_numpy():
 
     for activation in ("tanh", "relu", "elu", "silu"):
         action = ActionSpec("box", shape=(4,), low=(-1.0,) * 4, high=(1.0,) * 4)
-        spec = PolicySpec((ArraySpec("main", (20,), "float32"),), action, (64, 64), activation, normalize=False)
+        spec = PolicySpec((ArraySpec("main", (20,), "float32"),), (action,), (64, 64), activation, normalize=False)
         network = ActorCritic(spec, shared=False, initial_log_std=0.0).cuda()
         observation = np.random.default_rng(0).normal(size=(128, 20)).astype(np.float32)
         ours = Policy(export_weights(network, None), 128).forward({"main": observation})

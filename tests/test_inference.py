@@ -23,7 +23,7 @@ SLOTS = 64
 # Not in alphabetical order, and one of two dimensions: the order of the spec decides, not the dictionary's.
 OBSERVATION = (ArraySpec("view", (2, 3), "float32"), ArraySpec("body", (4,), "float32"))
 BOX = ActionSpec("box", shape=(3,), low=(-1.0, -0.5, 0.0), high=(1.0, 2.0, 0.25))
-DISCRETE = ActionSpec("discrete", count=5)
+DISCRETE = ActionSpec("discrete", counts=(5,))
 ACTIONS = pytest.mark.parametrize("action", [BOX, DISCRETE], ids=["box", "discrete"])
 NORMALIZE = pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "raw"])
 
@@ -31,7 +31,7 @@ Arrays = dict[str, NDArray[np.float32]]
 
 
 def make_spec(action: ActionSpec, activation: str = "tanh", *, normalize: bool = True, clip: float = 3.0) -> PolicySpec:
-    return PolicySpec(OBSERVATION, action, (16, 8), activation, normalize, clip)  # type: ignore[arg-type]
+    return PolicySpec(OBSERVATION, (action,), (16, 8), activation, normalize, clip)  # type: ignore[arg-type]
 
 
 def make_weights(spec: PolicySpec, seed: int = 0) -> Weights:
@@ -103,14 +103,15 @@ def test_numpy_and_torch_agree(action: ActionSpec, activation: str, normalize: b
     policy = Policy(export_weights(network, normalizer), SLOTS)
     taken, log_prob = empty_action(action), np.empty(SLOTS, np.float32)
     policy.act(observation, make_noise(action), taken, log_prob)
+    joined = torch.from_numpy(taken["main"].reshape(SLOTS, -1).astype(np.float32))
     with torch.no_grad():
         outputs, _ = network(flat)
         np.testing.assert_allclose(policy.forward(observation), outputs, atol=1e-5)
-        np.testing.assert_allclose(log_prob, network.log_prob(outputs, torch.from_numpy(taken)), atol=1e-4)
+        np.testing.assert_allclose(log_prob, network.log_prob(outputs, joined), atol=1e-4)
 
 
-def empty_action(action: ActionSpec, slots: int = SLOTS) -> NDArray[np.generic]:
-    return np.full((slots, *action.shape), 77, action.array.dtype)
+def empty_action(action: ActionSpec, slots: int = SLOTS) -> dict[str, NDArray[np.generic]]:
+    return {"main": np.full((slots, *action.shape), 77, action.array.dtype)}
 
 
 def make_noise(action: ActionSpec, slots: int = SLOTS) -> NDArray[np.float32]:
@@ -126,8 +127,8 @@ def test_gaussian_sample_and_log_prob_are_those_of_scipy() -> None:
     action, log_prob = empty_action(BOX), np.empty(SLOTS, np.float32)
     Policy(weights, SLOTS).act(observation, noise, action, log_prob)
     mean, std = literal_forward(weights, observation), np.exp(weights.arrays["log_std"].astype(np.float64))
-    np.testing.assert_allclose(action, mean + std * noise, rtol=1e-5, atol=1e-5)
-    expected = stats.norm.logpdf(action, mean, std).sum(axis=1)
+    np.testing.assert_allclose(action["main"], mean + std * noise, rtol=1e-5, atol=1e-5)
+    expected = stats.norm.logpdf(action["main"], mean, std).sum(axis=1)
     np.testing.assert_allclose(log_prob, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -141,9 +142,9 @@ def test_categorical_frequencies_and_log_probs_are_those_of_the_softmax() -> Non
     logits = literal_forward(weights, one)[0]
     probability = np.exp(logits) / np.exp(logits).sum()
     assert probability.min() > 0.005
-    counts = np.bincount(action, minlength=5)
+    counts = np.bincount(action["main"], minlength=5)
     assert stats.chisquare(counts, probability * slots).pvalue > 0.001
-    np.testing.assert_allclose(log_prob, np.log(probability)[action], atol=1e-5)
+    np.testing.assert_allclose(log_prob, np.log(probability)[action["main"]], atol=1e-5)
 
 
 def test_each_choice_takes_the_share_of_the_noise_that_is_its_probability() -> None:
@@ -154,7 +155,8 @@ def test_each_choice_takes_the_share_of_the_noise_that_is_its_probability() -> N
     Policy(weights, SLOTS).act(observation, noise, action, np.empty(SLOTS, np.float32))
     for slot, logits in enumerate(literal_forward(weights, observation)):
         below = np.concatenate([[0.0], np.cumsum(np.exp(logits) / np.exp(logits).sum())])
-        assert below[action[slot]] - 1e-5 <= noise[slot, 0] <= below[action[slot] + 1] + 1e-5
+        choice = action["main"][slot]
+        assert below[choice] - 1e-5 <= noise[slot, 0] <= below[choice + 1] + 1e-5
 
 
 @pytest.mark.parametrize("logit", [0.0, 3e4, -3e4], ids=["even", "first", "not-first"])
@@ -166,21 +168,21 @@ def test_extreme_noise_and_logits_still_give_a_choice_with_a_finite_log_prob(log
     action, log_prob = empty_action(DISCRETE, 1), np.empty(1, np.float32)
     policy = Policy(Weights(spec, arrays), 1)
     policy.act(make_observation(1), np.full((1, 1), noise, np.float32), action, log_prob)
-    assert action[0] in (range(5) if logit == 0 else [0] if logit > 0 else range(1, 5))
+    assert action["main"][0] in (range(5) if logit == 0 else [0] if logit > 0 else range(1, 5))
     assert log_prob[0] == pytest.approx(math.log(1 / 5) if logit == 0 else 0 if logit > 0 else math.log(1 / 4))
 
 
 def test_greedy_box_action_is_the_mean() -> None:
     weights, observation, action = make_weights(make_spec(BOX)), make_observation(), empty_action(BOX)
     Policy(weights, SLOTS).act(observation, None, action)
-    np.testing.assert_allclose(action, literal_forward(weights, observation), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(action["main"], literal_forward(weights, observation), rtol=1e-5, atol=1e-5)
 
 
 def test_greedy_discrete_action_is_the_likeliest() -> None:
     weights, observation, action = make_weights(make_spec(DISCRETE)), make_observation(), empty_action(DISCRETE)
     Policy(weights, SLOTS).act(observation, None, action)
-    np.testing.assert_array_equal(action, literal_forward(weights, observation).argmax(axis=1))
-    assert len(set(action.tolist())) > 1
+    np.testing.assert_array_equal(action["main"], literal_forward(weights, observation).argmax(axis=1))
+    assert len(set(action["main"].tolist())) > 1
 
 
 def test_acting_writes_into_a_row_of_a_rollout() -> None:
@@ -188,8 +190,8 @@ def test_acting_writes_into_a_row_of_a_rollout() -> None:
     alone, block = empty_action(BOX), np.full((3, SLOTS, 3), 77, np.float32)
     policy = Policy(weights, SLOTS)
     policy.act(observation, None, alone)
-    policy.act(observation, None, block[1])
-    np.testing.assert_array_equal(block[1], alone)
+    policy.act(observation, None, {"main": block[1]})
+    np.testing.assert_array_equal(block[1], alone["main"])
     assert (block[[0, 2]] == 77).all()
 
 
@@ -205,19 +207,24 @@ def test_observations_are_not_changed(kind: str) -> None:
         np.testing.assert_array_equal(array, before[name])
 
 
-def test_clip_brings_a_box_action_within_its_bounds_and_keeps_the_raw_one() -> None:
+def test_bound_clips_a_box_action_to_its_bounds_and_keeps_the_raw_one() -> None:
     policy = Policy(make_weights(make_spec(BOX)), 2)
     raw = np.array([[-5.0, -5.0, -5.0], [0.5, 5.0, 0.2]], np.float32)
-    out = np.empty_like(raw)
-    clipped = policy.clip(raw, out)
-    np.testing.assert_array_equal(clipped, np.array([[-1.0, -0.5, 0.0], [0.5, 2.0, 0.2]], np.float32))
-    assert np.shares_memory(clipped, out)
+    out = np.full_like(raw, 77)
+    policy.bound({"main": raw}, {"main": out})
+    expected = np.array([[-1.0, -0.5, 0.0], [0.5, 2.0, 0.2]], np.float32)
+    np.testing.assert_array_equal(out, expected)
     assert raw.min() == -5.0
+    policy.bound({"main": raw}, {"main": raw})
+    np.testing.assert_array_equal(raw, expected)
 
 
-def test_clip_leaves_a_choice_as_it_is() -> None:
-    policy, action = Policy(make_weights(make_spec(DISCRETE)), 2), np.array([0, 4])
-    assert policy.clip(action, np.empty(2, np.int64)).tolist() == [0, 4]
+def test_bound_leaves_a_choice_as_it_is() -> None:
+    policy, action, out = Policy(make_weights(make_spec(DISCRETE)), 2), np.array([0, 4]), np.full(2, 77)
+    policy.bound({"main": action}, {"main": out})
+    assert out.tolist() == [0, 4]
+    policy.bound({"main": action}, {"main": action})
+    assert action.tolist() == [0, 4]
 
 
 @ACTIONS
@@ -230,7 +237,7 @@ def test_load_is_the_same_as_starting_from_the_new_version(action: ActionSpec) -
         taken, log_prob = empty_action(action), np.empty(SLOTS, np.float32)
         each.act(observation, noise, taken, log_prob)
         results.append((taken, log_prob))
-    np.testing.assert_array_equal(results[0][0], results[1][0])
+    np.testing.assert_array_equal(results[0][0]["main"], results[1][0]["main"])
     np.testing.assert_array_equal(results[0][1], results[1][1])
 
 

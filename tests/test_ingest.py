@@ -22,13 +22,16 @@ WORLDS = (2, 5)  # of 2 slots each: columns 0, 1 are world 2, columns 2, 3 are w
 SPEC = EnvironmentSpec(
     env="maze",
     observation=(ArraySpec("place", (3,), "float32"), ArraySpec("tile", (), "int32")),
-    action=ActionSpec("box", name="push", shape=(2,), low=(-1.0, -1.0), high=(1.0, 1.0)),
+    action=(ActionSpec("box", name="push", shape=(2,), low=(-1.0, -1.0), high=(1.0, 1.0)),),
     slots=2,
     step_s=0.1,
     max_episode_steps=50,
     metrics=(MetricSpec("success_rate", "success", "mean"),),
 )
-DISCRETE = msgspec.structs.replace(SPEC, action=ActionSpec("discrete", name="push", count=4))
+DISCRETE = msgspec.structs.replace(SPEC, action=(ActionSpec("discrete", name="push", counts=(4,)),))
+MASKED = msgspec.structs.replace(
+    SPEC, action=(ActionSpec("discrete", name="push", shape=(2,), counts=(4, 3), masked=True),)
+)
 
 
 def valid_rollout(spec: EnvironmentSpec = SPEC) -> Rollout:
@@ -45,10 +48,13 @@ def valid_rollout(spec: EnvironmentSpec = SPEC) -> Rollout:
     rollout = allocate_rollout(spec, STEPS, 4, origin, poison=True)
     rollout.observation["place"][...] = rng.standard_normal((STEPS + 1, 4, 3))
     rollout.observation["tile"][...] = rng.integers(0, 9, (STEPS + 1, 4))
-    if spec.action.kind == "box":
+    (part,) = spec.action
+    if part.kind == "box":
         rollout.action["push"][...] = rng.standard_normal((STEPS, 4, 2))
     else:
-        rollout.action["push"][...] = rng.integers(0, spec.action.count, (STEPS, 4))
+        rollout.action["push"][...] = rng.integers(0, np.reshape(part.counts, part.shape), (STEPS, 4, *part.shape))
+    if part.masked:
+        rollout.action_mask["push"][...] = True
     rollout.behavior_log_prob[...] = -1
     rollout.reward[...] = rng.standard_normal((STEPS, 4))
     rollout.terminated[...] = rollout.truncated[...] = False
@@ -83,7 +89,7 @@ def broken(rollout: Rollout, spec: EnvironmentSpec = SPEC) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("spec", [SPEC, DISCRETE])
+@pytest.mark.parametrize("spec", [SPEC, DISCRETE, MASKED], ids=["box", "discrete", "masked"])
 def test_a_valid_rollout_is_admitted(spec: EnvironmentSpec) -> None:
     admitted(valid_rollout(spec), spec)
 
@@ -154,14 +160,22 @@ def test_a_named_array_of_another_shape_or_type_is_refused(group: str, name: str
     assert f"{group}.{name}" in str(error)
 
 
-@pytest.mark.parametrize("group", ["observation", "action"])
+@pytest.mark.parametrize("group", ["observation", "action", "action_mask"])
 def test_arrays_that_are_missing_or_unknown_are_refused(group: str) -> None:
-    rollout = valid_rollout()
+    rollout = valid_rollout(MASKED)
     arrays = getattr(rollout, group)
     name, array = arrays.popitem()
-    assert refused(rollout).reason == "shape"
+    assert refused(rollout, MASKED).reason == "shape"
     arrays[name] = arrays["other"] = array
-    assert refused(rollout).reason == "shape"
+    assert refused(rollout, MASKED).reason == "shape"
+
+
+def test_a_mask_of_what_is_not_masked_is_refused() -> None:
+    rollout = valid_rollout(DISCRETE)
+    rollout.action_mask["push"] = np.ones((STEPS + 1, 4, 4), bool)
+    error = refused(rollout, DISCRETE)
+    assert error.reason == "shape"
+    assert "action_mask.push" in str(error)
 
 
 def test_a_rollout_of_another_length_than_the_run_is_refused() -> None:
@@ -182,7 +196,35 @@ def test_a_choice_that_does_not_exist_is_refused(choice: int) -> None:
     rollout.action["push"][3, 1] = choice
     error = refused(rollout, DISCRETE)
     assert error.reason == "action"
-    assert "0..3" in str(error)
+    assert "a choice of 'push' outside its 4 choices" in str(error)
+
+
+@pytest.mark.parametrize("choice", [[4, 0], [0, 3], [3, 3], [-1, 0], [0, -1]])
+def test_every_choice_is_held_against_its_own_count(choice: list[int]) -> None:
+    rollout = valid_rollout(MASKED)
+    rollout.action["push"][3, 1] = choice
+    error = refused(rollout, MASKED)
+    assert error.reason == "action"
+    assert "outside its 4 x 3 choices" in str(error)
+
+
+@pytest.mark.parametrize(("choice", "column"), [(0, 2), (1, 4 + 1)])
+def test_a_choice_that_its_mask_forbids_is_refused(choice: int, column: int) -> None:
+    rollout = valid_rollout(MASKED)
+    rollout.action["push"][3, 1] = (2, 1)
+    rollout.action_mask["push"][3, 1, column] = False
+    error = refused(rollout, MASKED)
+    assert error.reason == "action"
+    assert "a choice of 'push' that its mask does not allow" in str(error)
+    rollout.action["push"][3, 1, choice] = 0  # another one is allowed
+    admitted(rollout, MASKED)
+
+
+def test_what_a_mask_says_of_the_next_step_or_of_an_empty_slot_forbids_nothing() -> None:
+    rollout = valid_rollout(MASKED)
+    rollout.action_mask["push"][STEPS] = False  # nobody has chosen there
+    rollout.action_mask["push"][5, 2] = False  # nobody is there
+    admitted(rollout, MASKED)
 
 
 @pytest.mark.parametrize(

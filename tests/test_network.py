@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
 }
 BOX = ActionSpec("box", shape=(3,), low=(-1.0,) * 3, high=(1.0,) * 3)
-DISCRETE = ActionSpec("discrete", count=5)
+DISCRETE = ActionSpec("discrete", counts=(5,))
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,7 +38,7 @@ def policy_spec(
     normalize: bool = False,
 ) -> PolicySpec:
     observation = (ArraySpec("place", (2, 3), "float32"), ArraySpec("speed", (), "float32"))
-    return PolicySpec(observation, action, hidden, activation, normalize)
+    return PolicySpec(observation, (action,), hidden, activation, normalize)
 
 
 def network_of(spec: PolicySpec, *, shared: bool = False, seed: int = 0, log_std: float = 0.0) -> ActorCritic:
@@ -177,7 +177,9 @@ def test_weights_start_orthogonal_with_the_gains_of_the_37_details(shared: bool)
 def test_log_std_starts_where_it_is_told_and_only_boxes_have_one() -> None:
     network = network_of(policy_spec(BOX), log_std=-0.7)
     assert network.log_std.tolist() == pytest.approx([-0.7] * 3)
-    assert not hasattr(network_of(policy_spec(DISCRETE)), "log_std")
+    choices = network_of(policy_spec(DISCRETE))
+    assert choices.log_std is None
+    assert "log_std" not in {**dict(choices.named_parameters()), **choices.policy_parameters()}
 
 
 def test_the_same_seed_starts_with_the_same_bits() -> None:
@@ -267,8 +269,8 @@ def test_entropy_and_log_prob_are_those_of_the_action() -> None:
     action = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(box.log_prob(outputs, action), normal.log_prob(action).sum(-1))
     torch.testing.assert_close(box.entropy(outputs).mean(), normal.entropy().sum(-1).mean())
-    discrete = network_of(policy_spec(ActionSpec("discrete", count=3)))
+    discrete = network_of(policy_spec(ActionSpec("discrete", counts=(3,))))
     categorical = torch.distributions.Categorical(logits=outputs)
     choice = torch.arange(8) % 3
-    torch.testing.assert_close(discrete.log_prob(outputs, choice), categorical.log_prob(choice))
+    torch.testing.assert_close(discrete.log_prob(outputs, choice[:, None].float()), categorical.log_prob(choice))
     torch.testing.assert_close(discrete.entropy(outputs).mean(), categorical.entropy().mean())

@@ -9,29 +9,40 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from rustyrl.spec import ActionSpec
+from rustyrl.spec import ActionSpec, EnvironmentSpec
 from rustyrl_actors.noise import allocate_noise, fill_noise, noise_generator
 
-BOX = ActionSpec("box", shape=(3,), low=(-1.0,) * 3, high=(1.0,) * 3)
-DISCRETE = ActionSpec("discrete", count=5)
+
+def spec_of(*action: ActionSpec) -> EnvironmentSpec:
+    return EnvironmentSpec("test", (), action, slots=4, step_s=0.1, max_episode_steps=10)
+
+
+BOX = spec_of(ActionSpec("box", shape=(3,), low=(-1.0,) * 3, high=(1.0,) * 3))
+DISCRETE = spec_of(ActionSpec("discrete", counts=(5,)))
+HYBRID = spec_of(
+    ActionSpec("discrete", "gait", shape=(2,), counts=(5, 2)),
+    ActionSpec("box", "push", shape=(3, 1), low=(-1.0,) * 3, high=(1.0,) * 3),
+    ActionSpec("discrete", "call", counts=(4,), masked=True),
+)
+SPECS = pytest.mark.parametrize("spec", [BOX, DISCRETE, HYBRID], ids=["box", "discrete", "hybrid"])
 T, SLOTS = 8, 4
 
 
-def draw(action: ActionSpec, seed: int, world: int, batch: int) -> NDArray[np.float32]:
-    noise = allocate_noise(action, T, SLOTS)
-    fill_noise(noise, action, slice(0, SLOTS), noise_generator(seed, world, batch))
+def draw(spec: EnvironmentSpec, seed: int, world: int, batch: int) -> NDArray[np.float32]:
+    noise = allocate_noise(spec, T, SLOTS)
+    fill_noise(noise, spec, slice(0, SLOTS), noise_generator(seed, world, batch))
     return noise
 
 
-@pytest.mark.parametrize("action", [BOX, DISCRETE], ids=["box", "discrete"])
-def test_same_key_same_noise(action: ActionSpec) -> None:
-    np.testing.assert_array_equal(draw(action, 1, 2, 3), draw(action, 1, 2, 3))
+@SPECS
+def test_same_key_same_noise(spec: EnvironmentSpec) -> None:
+    np.testing.assert_array_equal(draw(spec, 1, 2, 3), draw(spec, 1, 2, 3))
 
 
-@pytest.mark.parametrize("action", [BOX, DISCRETE], ids=["box", "discrete"])
-def test_any_other_key_gives_other_noise(action: ActionSpec) -> None:
+@SPECS
+def test_any_other_key_gives_other_noise(spec: EnvironmentSpec) -> None:
     keys = list(itertools.product((0, 1, 2**62), (0, 1, 2, 255, 256, 65535), (0, 1, 2, 1000)))
-    assert len({draw(action, *key).tobytes() for key in keys}) == len(keys)
+    assert len({draw(spec, *key).tobytes() for key in keys}) == len(keys)
 
 
 def test_streams_of_neighboring_worlds_and_batches_do_not_overlap() -> None:
@@ -40,13 +51,13 @@ def test_streams_of_neighboring_worlds_and_batches_do_not_overlap() -> None:
     assert len(np.unique(values)) == len(values)
 
 
-@pytest.mark.parametrize("action", [BOX, DISCRETE], ids=["box", "discrete"])
-def test_noise_of_a_world_does_not_depend_on_who_owns_it_beside_which_worlds(action: ActionSpec) -> None:
-    alone = draw(action, 7, 5, 9)
-    together = allocate_noise(action, T, 3 * SLOTS)
+@SPECS
+def test_noise_of_a_world_does_not_depend_on_who_owns_it_beside_which_worlds(spec: EnvironmentSpec) -> None:
+    alone = draw(spec, 7, 5, 9)
+    together = allocate_noise(spec, T, 3 * SLOTS)
     for place, world in enumerate((8, 5, 2)):
         columns = slice(place * SLOTS, (place + 1) * SLOTS)
-        fill_noise(together, action, columns, noise_generator(7, world, 9))
+        fill_noise(together, spec, columns, noise_generator(7, world, 9))
     np.testing.assert_array_equal(together[:, SLOTS : 2 * SLOTS], alone)
 
 
@@ -68,6 +79,14 @@ def test_box_noise_is_standard_normal_and_discrete_noise_uniform() -> None:
     assert uniform.max() < 1
 
 
-def test_noise_has_a_number_for_every_box_dimension_and_one_for_a_choice() -> None:
+def test_noise_has_a_number_for_every_number_of_an_action() -> None:
     assert allocate_noise(BOX, T, SLOTS).shape == (T, SLOTS, 3)
     assert allocate_noise(DISCRETE, T, SLOTS).shape == (T, SLOTS, 1)
+    assert allocate_noise(HYBRID, T, SLOTS).shape == (T, SLOTS, 6)
+
+
+def test_every_column_of_a_hybrid_action_has_the_noise_of_its_part() -> None:
+    noise = np.concatenate([draw(HYBRID, 1, world, 0).reshape(-1, 6) for world in range(100)])
+    for column, distribution in enumerate(["uniform", "uniform", "norm", "norm", "norm", "uniform"]):
+        assert stats.kstest(noise[:, column], distribution).pvalue > 0.01
+    assert np.abs(np.corrcoef(noise.T) - np.eye(6)).max() < 0.1  # no two columns are the same numbers

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rustyrl.spec import ActionSpec, ArraySpec
+from rustyrl.spec import UNBOUNDED, ActionSpec, ArraySpec
 from rustyrl.weights import PolicySpec, Weights
 from rustyrl_actors.inference import Policy
 from rustyrl_learner.normalizer import ObservationNormalizer
@@ -112,8 +110,8 @@ def what_the_policy_sees(normalizer: ObservationNormalizer, rows: NDArray[np.flo
     width = rows.shape[1]
     half = width // 2
     observation = (ArraySpec("near", (half,), "float32"), ArraySpec("far", (width - half,), "float32"))
-    action = ActionSpec("box", shape=(width,), low=(-math.inf,) * width, high=(math.inf,) * width)
-    spec = PolicySpec(observation, action, (), "tanh", normalize=True, observation_clip=clip)
+    action = ActionSpec("box", shape=(width,), low=(-UNBOUNDED,) * width, high=(UNBOUNDED,) * width)
+    spec = PolicySpec(observation, (action,), (), "tanh", normalize=True, observation_clip=clip)
     arrays = {
         "policy.0.weight": np.eye(width, dtype=np.float32),
         "policy.0.bias": np.zeros(width, np.float32),

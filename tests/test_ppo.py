@@ -24,7 +24,8 @@ from rustyrl_learner.ppo import Losses, TrainingBatch, kl_estimate, policy_loss,
 WIDTH = 5
 ACTIONS = {
     "box": ActionSpec("box", shape=(3,), low=(-1.0,) * 3, high=(1.0,) * 3),
-    "discrete": ActionSpec("discrete", count=4),
+    "discrete": ActionSpec("discrete", counts=(4,)),
+    "masked": ActionSpec("discrete", counts=(4,), masked=True),
 }
 PLAIN = PPOConfig(
     epochs=1,
@@ -52,7 +53,7 @@ def network_of(
 ) -> ActorCritic:
     """A network whose policy is far from flat, so that a wrong gradient shows."""
     observation = (ArraySpec("main", (WIDTH,), "float32"),)
-    spec = PolicySpec(observation, ACTIONS[kind], (24, 8), activation, normalize=False)
+    spec = PolicySpec(observation, (ACTIONS[kind],), (24, 8), activation, normalize=False)
     torch.manual_seed(seed)
     network = ActorCritic(spec, shared=shared, initial_log_std=-0.3)
     with torch.no_grad():
@@ -73,15 +74,19 @@ def batch_of(
     observation = normal(count, WIDTH)
     with torch.no_grad():
         outputs, value = network(observation)
-        if network.spec.action.kind == "box":
+        (part,), mask = network.spec.action, None
+        if part.kind == "box":
             action = outputs + 0.7 * normal(*outputs.shape)
         else:
-            action = torch.randint(0, outputs.shape[1], (count,), generator=generator)
-        proximal = network.log_prob(outputs, action) + drift * normal(count)
+            choice = torch.randint(0, outputs.shape[1], (count, 1), generator=generator)
+            action = choice.float()
+            if part.masked:
+                mask = (torch.rand(outputs.shape, generator=generator) < 0.5).scatter(1, choice, value=True)
+        proximal = network.log_prob(outputs, action, mask) + drift * normal(count)
         behavior = proximal + lag * normal(count)
         old_value = value + drift * normal(count)
     advantage = 2 + 3 * normal(count)
-    return TrainingBatch(observation, action, behavior, proximal, advantage, old_value, old_value + advantage)
+    return TrainingBatch(observation, action, mask, behavior, proximal, advantage, old_value, old_value + advantage)
 
 
 def parameters_of(network: nn.Module) -> dict[str, Tensor]:
@@ -217,12 +222,15 @@ def literal_minibatch(network: ActorCritic, batch: TrainingBatch, config: PPOCon
     else:
         hidden = perceptron(p, "critic", x, activate, 2)
         value = F.linear(hidden, p["critic.weights.2"].T, p["critic.biases.2"])[:, 0]
-    if network.spec.action.kind == "box":
+    if network.spec.action[0].kind == "box":
         normal = torch.distributions.Normal(outputs, p["log_std"].exp().expand_as(outputs))
         log_prob, entropy = normal.log_prob(batch.action.double()).sum(1), normal.entropy().sum(1).mean()
     else:
-        categorical = torch.distributions.Categorical(logits=outputs)
-        log_prob, entropy = categorical.log_prob(batch.action), categorical.entropy().mean()
+        # A choice that is not allowed has probability 0, so nothing of it is left in any sum or gradient.
+        odds = outputs.exp() if batch.action_mask is None else outputs.exp() * batch.action_mask
+        probability = odds / odds.sum(1, keepdim=True)
+        log_prob = probability.gather(1, batch.action.long())[:, 0].log()
+        entropy = -torch.special.xlogy(probability, probability.clamp(min=1e-300)).sum(1).mean()
     advantage = batch.advantage.double()
     if config.normalize_advantage:
         advantage = (advantage - advantage.mean()) / advantage.std(correction=1)
@@ -252,7 +260,9 @@ def literal_minibatch(network: ActorCritic, batch: TrainingBatch, config: PPOCon
 
 @pytest.mark.parametrize("config", [PLAIN, with_config(value_clip=0.2, entropy=0.05), with_config(clip=0.05)])
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize(("kind", "activation"), [("box", "tanh"), ("discrete", "elu"), ("box", "silu")])
+@pytest.mark.parametrize(
+    ("kind", "activation"), [("box", "tanh"), ("discrete", "elu"), ("masked", "relu"), ("box", "silu")]
+)
 @pytest.mark.parametrize("lag", [0.0, 0.6])
 def test_the_loss_and_gradient_of_a_minibatch_equal_the_literal_twin(
     kind: str, activation: Any, shared: bool, config: PPOConfig, lag: float
@@ -308,7 +318,7 @@ def test_gradients_are_scaled_down_to_the_largest_norm() -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("kind", ["box", "discrete"])
+@pytest.mark.parametrize("kind", ["box", "discrete", "masked"])
 def test_the_first_ratio_is_one_when_the_same_weights_acted(kind: str, shared: bool) -> None:
     network = network_of(kind, shared=shared)
     batch = batch_of(network, 400, drift=0.0)
@@ -318,19 +328,19 @@ def test_the_first_ratio_is_one_when_the_same_weights_acted(kind: str, shared: b
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu", "elu", "silu"])
-@pytest.mark.parametrize("kind", ["box", "discrete"])
+@pytest.mark.parametrize("kind", ["box", "discrete", "masked"])
 def test_the_first_ratio_is_one_when_an_actor_acted_with_the_exported_weights(kind: str, activation: Any) -> None:
     network = network_of(kind, activation)
     batch = batch_of(network, 256)
     policy = Policy(export_weights(network, None), 256)
     rng = np.random.default_rng(0)
-    action, log_prob = batch.action.numpy(), np.empty(256, np.float32)
+    action, log_prob = policy.allocate_action(), np.empty(256, np.float32)
     noise = rng.standard_normal((256, 3)) if kind == "box" else rng.random((256, 1))
-    policy.act({"main": batch.observation.numpy()}, noise.astype(np.float32), action, log_prob)
+    masks = None if batch.action_mask is None else {"main": batch.action_mask.numpy()}
+    policy.act({"main": batch.observation.numpy()}, noise.astype(np.float32), action, log_prob, masks)
     behavior = torch.from_numpy(log_prob)
-    batch = replace(
-        batch, action=torch.from_numpy(action), behavior_log_prob=behavior, proximal_log_prob=behavior.clone()
-    )
+    taken = torch.from_numpy(action["main"].reshape(256, -1).astype(np.float32))
+    batch = replace(batch, action=taken, behavior_log_prob=behavior, proximal_log_prob=behavior.clone())
     losses = update(network, batch, PLAIN)
     assert losses.first_ratio_error <= 1e-4
     assert losses.clip_fraction == 0.0
@@ -397,6 +407,7 @@ def rows_of(batch: TrainingBatch, rows: Tensor) -> TrainingBatch:
     return TrainingBatch(
         batch.observation[rows],
         batch.action[rows],
+        None if batch.action_mask is None else batch.action_mask[rows],
         batch.behavior_log_prob[rows],
         batch.proximal_log_prob[rows],
         batch.advantage[rows],
@@ -600,7 +611,7 @@ def test_an_update_reads_its_batch_and_changes_nothing_in_it() -> None:
 def test_updates_move_probability_to_what_turned_out_well() -> None:
     network = network_of("discrete")
     batch = batch_of(network, 200, drift=0.0)
-    batch = replace(batch, advantage=torch.where(batch.action == 2, 1.0, -1.0))
+    batch = replace(batch, advantage=torch.where(batch.action[:, 0] == 2, 1.0, -1.0))
 
     def probability() -> float:
         with torch.no_grad():

@@ -20,7 +20,7 @@ from rustyrl_learner.record import WINDOW, EpisodeWindow, MetricsLog
 SPEC = EnvironmentSpec(
     env="maze",
     observation=(ArraySpec("main", (2,), "float32"),),
-    action=ActionSpec("discrete", count=2),
+    action=(ActionSpec("discrete", counts=(2,)),),
     slots=1,
     step_s=0.1,
     max_episode_steps=50,

@@ -14,7 +14,7 @@ from rustyrl_learner.training import Training
 SPEC = EnvironmentSpec(
     env="test",
     observation=(ArraySpec("main", (3,), "float32"),),
-    action=ActionSpec("box", shape=(2,), low=(-1.0, -1.0), high=(1.0, 1.0)),
+    action=(ActionSpec("box", shape=(2,), low=(-1.0, -1.0), high=(1.0, 1.0)),),
     slots=1,
     step_s=0.1,
     max_episode_steps=10,
@@ -25,7 +25,7 @@ CONFIG = build_config({"policy": {"hidden": [8]}, "ppo": {"epochs": 3, "minibatc
 def batch() -> TrainingBatch:
     torch.manual_seed(1)
     columns = {name: torch.randn(64) for name in ("behavior_log_prob", "advantage", "value", "value_target")}
-    return TrainingBatch(torch.randn(64, 3), torch.randn(64, 2), proximal_log_prob=torch.zeros(64), **columns)
+    return TrainingBatch(torch.randn(64, 3), torch.randn(64, 2), None, proximal_log_prob=torch.zeros(64), **columns)
 
 
 def update(training: Training, ask=lambda: None) -> None:

@@ -19,8 +19,8 @@ def test_envs_lists_the_built_in_environments():
     code, out, _ = rustyrl("envs", "--json")
     assert code == 0
     rows = json.loads(out)["envs"]
-    assert [row["env"] for row in rows] == ["cartpole", "drone"]
-    assert rows[1]["spec"]["action"]["shape"] == [4]
+    assert [row["env"] for row in rows] == ["cartpole", "cartpole-object", "drone", "drone-object", "drone-windy"]
+    assert {row["env"]: row["spec"]["action"][0]["shape"] for row in rows}["drone"] == [4]
     assert "drone" in rustyrl("envs")[1]
 
 

@@ -18,13 +18,17 @@ from rustyrl.weights import METADATA_KEY, PolicySpec, Weights, decode_weights, e
 from rustyrl.weights import weights_layout as layout_of
 
 BOX = ActionSpec("box", shape=(2,), low=(-1.0, -1.0), high=(1.0, 1.0))
-DISCRETE = ActionSpec("discrete", count=3)
+DISCRETE = ActionSpec("discrete", counts=(3,))
+HYBRID = (ActionSpec("discrete", "gait", shape=(2,), counts=(3, 4), masked=True), BOX)
 Header = dict[str, Any]
 
 
-def make_spec(action: ActionSpec = BOX, *, normalize: bool = True, hidden: tuple[int, ...] = (5, 6)) -> PolicySpec:
+Action = ActionSpec | tuple[ActionSpec, ...]
+
+
+def make_spec(action: Action = BOX, *, normalize: bool = True, hidden: tuple[int, ...] = (5, 6)) -> PolicySpec:
     observation = (ArraySpec("camera", (2, 2), "float32"), ArraySpec("body", (3,), "float32"))
-    return PolicySpec(observation, action, hidden, "tanh", normalize)
+    return PolicySpec(observation, action if isinstance(action, tuple) else (action,), hidden, "tanh", normalize)
 
 
 def make_weights(spec: PolicySpec, seed: int = 0) -> Weights:
@@ -58,10 +62,10 @@ def refusal(content: bytes) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("action", [BOX, DISCRETE], ids=["box", "discrete"])
+@pytest.mark.parametrize("action", [BOX, DISCRETE, HYBRID], ids=["box", "discrete", "hybrid"])
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "raw"])
 @pytest.mark.parametrize("hidden", [(5, 6), ()], ids=["deep", "linear"])
-def test_round_trip_keeps_spec_and_every_bit(action: ActionSpec, normalize: bool, hidden: tuple[int, ...]) -> None:
+def test_round_trip_keeps_spec_and_every_bit(action: Action, normalize: bool, hidden: tuple[int, ...]) -> None:
     weights = make_weights(make_spec(action, normalize=normalize, hidden=hidden))
     read = decode_weights(memoryview(encode_weights(weights)))
     assert read.spec == weights.spec
@@ -85,6 +89,9 @@ def test_layout_names_every_array_with_its_shape() -> None:
         "normalizer.count": (1,),
     }
     assert "log_std" not in layout_of(make_spec(DISCRETE))
+    hybrid = layout_of(make_spec(HYBRID))
+    assert hybrid["policy.2.weight"] == (6, 3 + 4 + 2)
+    assert hybrid["log_std"] == (2,)
     assert not any(name.startswith("normalizer") for name in layout_of(make_spec(normalize=False)))
 
 
@@ -187,7 +194,8 @@ def test_unreadable_metadata_is_refused() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"format": 2},
+        {"format": 1},
+        {"format": 3},
         {"activation": "gelu"},
         {"hidden": [5, 0]},
         {"hidden": [5, 65537]},
@@ -199,6 +207,15 @@ def test_unreadable_metadata_is_refused() -> None:
         {"observation": [{"name": "../body", "shape": [3], "dtype": "float32"}]},
         {"observation": [{"name": "body", "shape": [3], "dtype": "object"}]},
         {"action": {"kind": "tuple"}},
+        {"action": []},
+        {"action": [{"kind": "tuple"}]},
+        {"action": [{"kind": "discrete"}]},
+        {"action": [{"kind": "discrete", "counts": [3, 3]}]},
+        {"action": [{"kind": "discrete", "counts": [0]}]},
+        {"action": [{"kind": "box", "shape": [2], "low": [0.0], "high": [1.0, 1.0]}]},
+        {"action": [{"kind": "box", "low": [0.0], "high": [1.0], "masked": True}]},
+        {"box": "folded"},
+        {"box": "squashed", "action": [{"kind": "box", "shape": [2], "low": [0.0, 1.0], "high": [1.0, 1.0]}]},
     ],
     ids=str,
 )

@@ -23,6 +23,7 @@ from rustyrl.weights import PolicySpec, Weights, encode_weights, weights_layout
 from rustyrl.wire import (
     MAX_HEADER_BYTES,
     WIRE_VERSION,
+    Fault,
     Goodbye,
     Hello,
     Lease,
@@ -55,6 +56,7 @@ MESSAGES: dict[str, Message] = {
     ),
     "ready": Ready(fingerprint="0123456789abcdef"),
     "refusal": Refusal(reason="another wire version: install the same rustyrl"),
+    "fault": Fault(reason="world 3 of 'maze', slot 1: reward holds nan"),
     "ticket": TicketMessage(learner_incarnation=2, batch=70_000, policy_version=69_999, worlds=(0, 300, 65_535)),
     "weights": WeightsHeader(learner_incarnation=2, policy_version=69_999),
     "lease": Lease(),
@@ -78,13 +80,18 @@ MESSAGES: dict[str, Message] = {
         ),
     ),
 }
+TICKET = {"type": "ticket", "learner_incarnation": 0, "batch": 0, "policy_version": 0, "worlds": [0]}
+VERSIONED = bytes([0x92, WIRE_VERSION])  # what every header starts with: an array of two, the version
 KINDS = pytest.mark.parametrize("kind", MESSAGES)
 
 T, SLOTS = 4, 6
 SPEC = EnvironmentSpec(
     env="two-arrays",
     observation=(ArraySpec("body", (3,), "float32"), ArraySpec("view", (2, 2), "float32")),
-    action=ActionSpec("box", shape=(2,), low=(-1.0, -1.0), high=(1.0, 1.0)),
+    action=(
+        ActionSpec("box", shape=(2,), low=(-1.0, -1.0), high=(1.0, 1.0)),
+        ActionSpec("discrete", "gait", shape=(2,), counts=(2, 3), masked=True),
+    ),
     slots=3,
     step_s=0.02,
     max_episode_steps=100,
@@ -102,7 +109,7 @@ def make_rollout(*, truncated: int = 0, episodes: int = 0, poison: bool = False)
     rng = np.random.default_rng(truncated + episodes)
     rollout = allocate_rollout(SPEC, T, SLOTS, ORIGIN, poison=poison)
     fixed = [rollout.behavior_log_prob, rollout.reward, rollout.terminated, rollout.truncated, rollout.valid]
-    for array in [*rollout.observation.values(), *rollout.action.values(), *fixed]:
+    for array in [*rollout.observation.values(), *rollout.action.values(), *rollout.action_mask.values(), *fixed]:
         fill(array, rng)
     cells = np.stack(np.unravel_index(np.arange(truncated) % (T * SLOTS), (T, SLOTS)), axis=1)
     rollout.final_index = cells.astype(np.int32)
@@ -125,6 +132,7 @@ def wire_arrays(rollout: Rollout) -> dict[str, NDArray[Any]]:
     groups = {
         "observation": rollout.observation,
         "action": rollout.action,
+        "action_mask": rollout.action_mask,
         "final_observation": rollout.final_observation,
         "metric": rollout.episodes.metrics,
     }
@@ -175,34 +183,35 @@ def test_golden_bytes_are_read_as_they_were_meant(kind: str) -> None:
 def test_another_wire_version_is_refused_with_what_to_do_about_it() -> None:
     frame = msgpack.packb([WIRE_VERSION + 1, {"type": "a kind of the future"}])
     message = reason(lambda: decode_header(frame))
-    assert message == "wire-version: wire version 2, this side speaks 1: install the same rustyrl"
+    versions = f"wire version {WIRE_VERSION + 1}, this side speaks {WIRE_VERSION}"
+    assert message == f"wire-version: {versions}: install the same rustyrl"
 
 
 @pytest.mark.parametrize(
     "content",
     [
         [],
-        [1],
-        [1, {"type": "lease"}, 0],
+        [WIRE_VERSION],
+        [WIRE_VERSION, {"type": "lease"}, 0],
         {"type": "lease"},
         "lease",
         [True, {"type": "lease"}],
-        [1.0, {"type": "lease"}],
+        [float(WIRE_VERSION), {"type": "lease"}],
         [None, {"type": "lease"}],
-        [1, None],
-        [1, {}],
-        [1, {"type": "leese"}],
-        [1, {"type": "lease", "extra": 1}],
-        [1, {"type": "ready"}],
-        [1, {"type": "ready", "fingerprint": 3}],
-        [1, {"type": "ready", "fingerprint": "0" * 65}],
-        [1, {"type": "weights", "learner_incarnation": -1, "policy_version": 0}],
-        [1, {"type": "weights", "learner_incarnation": 0, "policy_version": 2**62 + 1}],
-        [1, {"type": "weights", "learner_incarnation": True, "policy_version": 0}],
-        [1, {"type": "weights", "learner_incarnation": 0.5, "policy_version": 0}],
-        [1, {"type": "ticket", "learner_incarnation": 0, "batch": 0, "policy_version": 0, "worlds": []}],
-        [1, {"type": "ticket", "learner_incarnation": 0, "batch": 0, "policy_version": 0, "worlds": [65536]}],
-        [1, {"type": "hello", "index": -2, "incarnation": 0, "pid": 0, "host": ""}],
+        [WIRE_VERSION, None],
+        [WIRE_VERSION, {}],
+        [WIRE_VERSION, {"type": "leese"}],
+        [WIRE_VERSION, {"type": "lease", "extra": 1}],
+        [WIRE_VERSION, {"type": "ready"}],
+        [WIRE_VERSION, {"type": "ready", "fingerprint": 3}],
+        [WIRE_VERSION, {"type": "ready", "fingerprint": "0" * 65}],
+        [WIRE_VERSION, {"type": "weights", "learner_incarnation": -1, "policy_version": 0}],
+        [WIRE_VERSION, {"type": "weights", "learner_incarnation": 0, "policy_version": 2**62 + 1}],
+        [WIRE_VERSION, {"type": "weights", "learner_incarnation": True, "policy_version": 0}],
+        [WIRE_VERSION, {"type": "weights", "learner_incarnation": 0.5, "policy_version": 0}],
+        [WIRE_VERSION, {**TICKET, "worlds": []}],
+        [WIRE_VERSION, {**TICKET, "worlds": [65536]}],
+        [WIRE_VERSION, {"type": "hello", "index": -2, "incarnation": 0, "pid": 0, "host": ""}],
     ],
     ids=repr,
 )
@@ -215,19 +224,19 @@ def test_headers_of_another_form_are_malformed(content: object) -> None:
     [
         b"",
         b"\xc1",
-        b"\x92\x01",
+        VERSIONED,
         encode_message(Lease()) + b"\0",
-        b"\x92\x01\xdf\xff\xff\xff\xff",
-        b"\x92\x01\xdd\xff\xff\xff\xff",
-        b"\x92\x01\x81\xa4type\xdb\xff\xff\xff\xff",
-        b"\x92\x01\xc4\x01\x00",
-        b"\x92\x01\xd4\x00\x00",
-        b"\x92\x01\xd6\xff\x00\x00\x00\x00",
-        b"\x92\x01\x81\x00\x00",
-        b"\x92\x01\xa1\xff",
+        VERSIONED + b"\xdf\xff\xff\xff\xff",
+        VERSIONED + b"\xdd\xff\xff\xff\xff",
+        VERSIONED + b"\x81\xa4type\xdb\xff\xff\xff\xff",
+        VERSIONED + b"\xc4\x01\x00",
+        VERSIONED + b"\xd4\x00\x00",
+        VERSIONED + b"\xd6\xff\x00\x00\x00\x00",
+        VERSIONED + b"\x81\x00\x00",
+        VERSIONED + b"\xa1\xff",
         b"\x91" * 2000,
         b"\x92" + b"\x91" * 1015 + b"\x00\x80",
-        b"\x92\x01" + b"\x81\xa1a" * 1015 + b"\x00",
+        VERSIONED + b"\x81\xa1a" * 1015 + b"\x00",
     ],
     ids=[
         "nothing",
@@ -254,13 +263,13 @@ def test_frames_that_are_no_header_are_malformed(frame: bytes) -> None:
 def test_size_limits_hold() -> None:
     assert reason(lambda: decode_header(bytes(MAX_HEADER_BYTES + 1))).startswith("oversize: ")
     long = {"type": "refusal", "reason": "x" * 4097}
-    assert reason(lambda: decode_header(msgpack.packb([1, long]))).startswith("malformed: ")
-    env_config = {f"key{number}": 0 for number in range(257)}
+    assert reason(lambda: decode_header(msgpack.packb([WIRE_VERSION, long]))).startswith("malformed: ")
+    env_config = {f"key{number}": 0 for number in range(1025)}
     welcome = {**msgspec.to_builtins(MESSAGES["welcome"]), "env_config": env_config}
-    assert reason(lambda: decode_header(msgpack.packb([1, welcome]))).startswith("malformed: ")
-    arrays = [{"name": f"a{number}", "shape": [0], "dtype": "bool"} for number in range(257)]
+    assert reason(lambda: decode_header(msgpack.packb([WIRE_VERSION, welcome]))).startswith("malformed: ")
+    arrays = [{"name": f"a{number}", "shape": [0], "dtype": "bool"} for number in range(1025)]
     rollout = {**msgspec.to_builtins(MESSAGES["rollout"]), "arrays": arrays}
-    assert reason(lambda: decode_header(msgpack.packb([1, rollout]))).startswith("malformed: ")
+    assert reason(lambda: decode_header(msgpack.packb([WIRE_VERSION, rollout]))).startswith("malformed: ")
 
 
 def test_an_oversize_blob_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +312,7 @@ def test_a_usual_rollout_is_sent_without_a_copy() -> None:
     assert rollout.storage is not None
     _, blob = encode_rollout(rollout)
     assert np.shares_memory(np.frombuffer(blob, np.uint8), rollout.storage)
-    for name in ("observation.body", "action.main", "reward", "valid"):
+    for name in ("observation.body", "action.main", "action_mask.gait", "reward", "valid"):
         assert np.shares_memory(wire_arrays(rollout)[name], np.frombuffer(blob, np.uint8)), name
 
 
@@ -341,11 +350,11 @@ def test_only_rollouts_with_a_block_are_encoded() -> None:
         encode_rollout(transfer(make_rollout()))
 
 
-@pytest.mark.parametrize("name", ["terminated", "truncated", "valid"])
+@pytest.mark.parametrize("name", ["terminated", "truncated", "valid", "action_mask.gait"])
 @pytest.mark.parametrize("byte", [2, 0xCB, 0xFF])
 def test_bytes_that_are_neither_false_nor_true_are_refused(name: str, byte: int) -> None:
     rollout = make_rollout()
-    getattr(rollout, name).view(np.uint8)[T - 1, SLOTS - 1] = byte
+    wire_arrays(rollout)[name].view(np.uint8)[T - 1, SLOTS - 1] = byte
     message = reason(lambda: transfer(rollout))
     assert message == f"malformed: {name} holds bytes that are neither False nor True"
 
@@ -490,7 +499,7 @@ VALUES = st.recursive(
 @given(st.binary(max_size=200))
 def test_arbitrary_header_bytes_raise_nothing_else(frame: bytes) -> None:
     survive_header(frame)
-    survive_header(b"\x92\x01" + frame)
+    survive_header(VERSIONED + frame)
 
 
 @FUZZ

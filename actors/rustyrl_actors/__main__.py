@@ -20,10 +20,11 @@ from rustyrl.weights import read_policy
 from rustyrl_actors.actor import run_actor
 from rustyrl_actors.catalog import BUILT_IN, find_environment
 from rustyrl_actors.evaluate import evaluate
+from rustyrl_actors.testing import check_environment
 
 
 def main() -> int:
-    """Run one verb; the exit code is 0, 1 for a failed run, 2 for bad use."""
+    """Run one verb; the exit code is 0, 1 for a failed run, 2 for bad use, 3 for a world that broke its contract."""
     arguments = _parse()
     die_with_parent(arguments.parent)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
@@ -32,7 +33,7 @@ def main() -> int:
             _run(arguments, results)
     except ContractError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return RunFailedError.exit_code
+        return error.exit_code
     except KeyboardInterrupt:
         return 130
     except (UsageError, RunFailedError) as error:
@@ -61,12 +62,12 @@ def _run(arguments: argparse.Namespace, results: BinaryIO) -> None:
             config = _env_config(arguments)
             result = evaluate(arguments.env, config, weights, arguments.episodes, arguments.seed)
             results.write(msgspec.json.encode(result))
+        case "check":
+            findings, speed = check_environment(arguments.env, _env_config(arguments), seed=arguments.seed)
+            results.write(msgspec.json.encode({"findings": findings, "speed": speed}))
         case "envs":
             found = [find_environment(env, {}) for env in sorted(BUILT_IN)]
-            rows = [
-                {"env": s.spec.env, "about": (s.world.__doc__ or "").strip().splitlines()[0], "spec": s.spec}
-                for s in found
-            ]
+            rows = [{"env": source.spec.env, "about": source.about, "spec": source.spec} for source in found]
             results.write(msgspec.json.encode(rows))
 
 
@@ -78,13 +79,14 @@ def _parse() -> argparse.Namespace:
     run.add_argument("--join", required=True)
     run.add_argument("--index", type=int, default=-1)
     verbs.add_parser("envs", help="list the built-in environments as JSON")
-    for name in ("describe", "evaluate"):
+    for name in ("describe", "evaluate", "check"):
         verb = verbs.add_parser(name)
         verb.add_argument("env")
         verb.add_argument("--env-config", default="{}", help="JSON: slots and parameters")
         if name == "evaluate":
             verb.add_argument("--policy", type=Path, required=True)
             verb.add_argument("--episodes", type=int, default=400)
+        if name != "describe":
             verb.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

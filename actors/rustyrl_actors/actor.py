@@ -10,14 +10,13 @@ import socket
 import time
 from dataclasses import dataclass
 
-import numpy as np
-
 from rustyrl.channels import RolloutSender, Sent
-from rustyrl.errors import RunFailedError, UsageError, WireError
+from rustyrl.errors import ContractError, RunFailedError, UsageError, WireError
 from rustyrl.rollout import Rollout, RolloutOrigin, Ticket, allocate_rollout
 from rustyrl.stages import Stages
 from rustyrl.weights import Weights
 from rustyrl.wire import (
+    Fault,
     Goodbye,
     Hello,
     Lease,
@@ -69,6 +68,9 @@ def run_actor(address: str, index: int) -> None:
             log.info("the run is over")
         except (TimeoutError, WireError) as error:
             raise RunFailedError(f"{address}: {error}") from None
+        except ContractError as error:
+            link.send(Fault(str(error)[:4000]), timeout_s=1.0)
+            raise
         except BaseException as error:  # a world that raised, a signal: the learner is not to wait for the lease
             with contextlib.suppress(TimeoutError, ConnectionAbortedError):
                 link.send(Refusal(f"{type(error).__name__}: {error}"[:1000]), timeout_s=1.0)
@@ -145,10 +147,9 @@ class Fleet:
             if recording.sent is not None:
                 recording.sent.wait(SEND_S)
             buffer = recording.buffer
-            action = self._source.spec.action
             for world, columns in zip(worlds, buffer.columns, strict=True):
                 generator = noise_generator(self._welcome.seed, world.index, ticket.batch)
-                fill_noise(buffer.noise, action, columns, generator)
+                fill_noise(buffer.noise, self._source.spec, columns, generator)
         unroll(worlds, self._policy(buffer.rollout.slots), buffer, stages)
         for world in worlds:
             world.next_batch = ticket.batch + 1
@@ -175,10 +176,10 @@ class Fleet:
         world = self._worlds.get(index)
         if world is None:
             environment = self._source.make(stagger=self._welcome.stagger)
-            world = OwnedWorld(index, environment, -1, allocate_rows(self._source.spec).observation)
+            world = OwnedWorld(index, environment, -1, allocate_rows(self._source.spec))
             self._worlds[index] = world
         if world.next_batch != batch:  # new here, or it ran on elsewhere: new episodes
-            world.environment.reset((self._welcome.seed, index, batch), world.observation)
+            world.environment.reset((self._welcome.seed, index, batch), world.now)
             world.next_batch = batch
         return world
 
@@ -194,12 +195,10 @@ class Fleet:
         spec, length = self._source.spec, self._welcome.unroll_length
         slots = spec.slots * len(worlds)
         origin = RolloutOrigin(spec.fingerprint, "main", Ticket(0, 0, worlds), 0, 0, 0)
-        action = spec.action.array
         return UnrollBuffer(
             rollout=allocate_rollout(spec, length, slots, origin, poison=self._welcome.poison),
             columns=[slice(i * spec.slots, (i + 1) * spec.slots) for i in range(len(worlds))],
-            noise=allocate_noise(spec.action, length, slots),
-            clipped=np.zeros((slots, *action.shape), action.dtype),
+            noise=allocate_noise(spec, length, slots),
         )
 
     def _policy(self, slots: int) -> Policy:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from typing import Any
 
 import esper
 import numpy as np
@@ -12,12 +12,16 @@ from rustyrl.errors import ContractError
 from rustyrl.rollout import EpisodeRows
 from rustyrl.spec import EnvironmentSpec
 from rustyrl_actors.agent import Agent
+from rustyrl_actors.context import Context
+from rustyrl_actors.contract import Place, check_masks, describe_value
+from rustyrl_actors.draws import SlotDraws, slot_generator
 from rustyrl_actors.environment import Arrays, StepRows, TimeStep
-from rustyrl_actors.world import World
+from rustyrl_actors.spaces import has_parts
+from rustyrl_actors.world import ColumnWorld
 
 __all__ = ["ColumnEnvironment"]
 
-_context_names = (f"rustyrl-{number}" for number in itertools.count())
+FIELDS = ("reward", "terminated", "truncated", "valid")
 
 
 class ColumnEnvironment:
@@ -27,56 +31,64 @@ class ColumnEnvironment:
     so that the slots of a world do not all end together; what follows a cut is bootstrapped all the same.
     """
 
-    def __init__(self, world: World, spec: EnvironmentSpec, *, stagger: bool = False) -> None:
+    def __init__(self, world: ColumnWorld, spec: EnvironmentSpec, *, stagger: bool = False) -> None:
         self.spec = spec
         self._world = world
         self._stagger = stagger
-        self._context = next(_context_names)
-        esper.switch_world(self._context)
-        self._agent = world.build()
-        if not isinstance(self._agent, Agent):
+        self.place = Place(spec.env)
+        self._context = Context()
+        self._context.enter()
+        try:
+            self._agent = world.build()
+            self._check_agent()
+        except BaseException:
             self.close()
-            raise ContractError(
-                f"world {spec.env!r}: build() returned {self._agent!r}; it returns the Agent that it made"
-            )
-        if missing := set(spec.episode_metrics) - self._agent.episode_metrics.keys():
-            self.close()
-            raise ContractError(
-                f"world {spec.env!r} declares the episode metrics {sorted(missing)} but its Agent's "
-                "episode_metrics lack them; add a float32 array of one number a slot for each"
-            )
+            raise
+        self._one_observation = not has_parts(world.info.observation_space)
+        self._one_action = not has_parts(world.info.action_space)
         self._all = np.arange(spec.slots)
         self._elapsed = np.zeros(spec.slots, np.int32)
         self._length = np.zeros(spec.slots, np.int32)
         self._return = np.zeros(spec.slots, np.float64)
         self._ended = np.zeros(spec.slots, bool)
-        self._rng = np.random.default_rng(0)
+        self._generators: list[np.random.Generator] = []
 
-    def reset(self, seed: tuple[int, ...], observation: Arrays) -> None:
+    def reset(self, seed: tuple[int, ...], out: StepRows) -> None:
         """Start new episodes in every slot, write their first observation, and seed what follows."""
-        self._rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
-        esper.switch_world(self._context)
-        self._agent.observation = observation
+        self.place = Place(self.spec.env, seed)
+        self._generators = [slot_generator(seed, slot) for slot in range(self.spec.slots)]
+        self._context.enter()
+        self._point_at(out)
         self._begin(self._all)
         if self._stagger:
-            self._elapsed[:] = self._rng.integers(0, self.spec.max_episode_steps, self.spec.slots)
+            draws = slot_generator(seed, self.spec.slots)  # a stream that no slot draws from
+            self._elapsed[:] = draws.integers(0, self.spec.max_episode_steps, self.spec.slots)
         self._world.observe(slice(None))
+        self._check_observation_is(out)
+        check_masks(self.place, self.spec.action, out.action_mask)
 
-    def step(self, action: NDArray[np.generic], out: StepRows) -> TimeStep:
+    def step(self, action: Arrays, out: StepRows) -> TimeStep:
         """Step every slot once, write the outcome into ``out``, reset what ended."""
-        agent = self._agent
-        agent.action, agent.observation, agent.reward = action, out.observation, out.reward
-        agent.terminated, agent.truncated, agent.valid = out.terminated, out.truncated, out.valid
-        given = dict(out.observation)
+        agent, place = self._agent, self.place
+        place.step += 1
+        agent.action = next(iter(action.values())) if self._one_action else action
+        agent.reward, agent.terminated, agent.truncated, agent.valid = (
+            out.reward,
+            out.terminated,
+            out.truncated,
+            out.valid,
+        )
         out.reward.fill(0.0)
         out.terminated.fill(False)
         out.truncated.fill(False)
         out.valid.fill(True)
-        esper.switch_world(self._context)
+        self._context.enter()
+        self._point_at(out)
         for _ in range(self._world.info.ticks_per_step):
+            place.tick += 1
             esper.process()
         self._world.observe(slice(None))
-        self._check_written_into(out, given)
+        self._check_written_into(out)
 
         self._elapsed += 1
         self._length += 1
@@ -84,37 +96,70 @@ class ColumnEnvironment:
         np.logical_or(out.truncated, self._elapsed >= self.spec.max_episode_steps, out=out.truncated)
         np.logical_and(out.truncated, ~out.terminated, out=out.truncated)  # if both, terminated wins
         np.logical_or(out.terminated, out.truncated, out=self._ended)
-        if not self._ended.any():
-            return TimeStep()
-        return self._end_episodes(out)
+        ends = self._end_episodes(out) if self._ended.any() else TimeStep()
+        if out.action_mask:  # what ended was asked for a mask too, which nobody needed
+            check_masks(place, self.spec.action, out.action_mask)
+        return ends
 
     def close(self) -> None:
         """Delete the esper world."""
-        if esper.current_world == self._context:
-            esper.switch_world("default")
-        esper.delete_world(self._context)
+        self._context.close()
 
-    def _check_written_into(self, out: StepRows, given: Arrays) -> None:
-        """Refuse arrays put in place of those that were given: what stands in them would reach nobody."""
+    def _point_at(self, out: StepRows) -> None:
+        """Show the agent the rows that observations and masks are written into; masks allow all to start with."""
         agent = self._agent
-        for name in ("reward", "terminated", "truncated", "valid"):
-            if getattr(agent, name) is not getattr(out, name):
+        self._given = out.observation.copy()
+        agent.observation = self._given[next(iter(self._given))] if self._one_observation else self._given.copy()
+        if out.action_mask:
+            for mask in out.action_mask.values():
+                mask.fill(True)
+            agent.action_mask = next(iter(out.action_mask.values())) if self._one_action else out.action_mask.copy()
+
+    def _check_agent(self) -> None:
+        agent, spec = self._agent, self.spec
+        if not isinstance(agent, Agent):
+            raise ContractError(f"world {spec.env!r}: build() returned {agent!r}; it returns the Agent that it made")
+        for name in spec.episode_metrics:
+            metric = agent.episode_metrics.get(name)
+            if not isinstance(metric, np.ndarray) or metric.shape != (spec.slots,):
                 raise ContractError(
-                    f"world {self.spec.env!r} put another array into agent.{name}; write into the one that is there: "
-                    f"agent.{name}[:] = ..."
+                    f"world {spec.env!r} declares the episode metric {name!r}: component Agent, field "
+                    f"episode_metrics[{name!r}]: expected one number for each of the {spec.slots} slots, float32 "
+                    f"({spec.slots},), got {describe_value(metric)}"
                 )
-        if agent.observation is not out.observation or any(
-            agent.observation[name] is not array for name, array in given.items()
-        ):
-            raise ContractError(
-                f"world {self.spec.env!r} put another array into agent.observation; write into those that are there: "
-                "agent.observation[NAME][rows] = ..."
-            )
+
+    def _check_written_into(self, out: StepRows) -> None:
+        """Refuse arrays put in place of those that were given: what stands in them would reach nobody."""
+        for name in FIELDS:
+            given, found = getattr(out, name), getattr(self._agent, name)
+            if found is not given:
+                raise self._replaced(name, given, found, f"agent.{name}[:] = ...")
+        self._check_observation_is(out)
+
+    def _check_observation_is(self, out: StepRows) -> None:
+        for what in ("observation", "action_mask"):
+            rows: Arrays = getattr(out, what)
+            if not rows:
+                continue
+            found = getattr(self._agent, what)
+            if self._one_observation if what == "observation" else self._one_action:
+                found = {next(iter(rows)): found}
+            for name, given in rows.items():
+                if not isinstance(found, dict) or found.get(name) is not given:
+                    came = found.get(name) if isinstance(found, dict) else found
+                    field = what if len(rows) == 1 else f"{what}[{name!r}]"
+                    raise self._replaced(field, given, came, f"agent.{field}[rows] = ...")
+
+    def _replaced(self, field: str, given: NDArray[Any], found: Any, remedy: str) -> ContractError:
+        return self.place.error(
+            field,
+            f"the array that was there, {describe_value(given)}",
+            f"another one, {describe_value(found)}; write into it: {remedy}",
+        )
 
     def _end_episodes(self, out: StepRows) -> TimeStep:
         ended = np.flatnonzero(self._ended)
-        cut = np.flatnonzero(out.truncated)
-        final = {name: array[cut].copy() for name, array in out.observation.items()}
+        final = {name: array[ended] for name, array in out.observation.items()}
         episodes = EpisodeRows(
             slot=ended.astype(np.int32),
             episode_return=self._return[ended].astype(np.float32),
@@ -123,12 +168,14 @@ class ColumnEnvironment:
                 name: self._agent.episode_metrics[name][ended].astype(np.float32) for name in self.spec.episode_metrics
             },
         )
+        for mask in out.action_mask.values():
+            mask[ended] = True
         self._begin(ended)
         self._world.observe(ended)
-        return TimeStep(cut, final, episodes) if len(cut) else TimeStep(episodes=episodes)
+        return TimeStep(episodes, final)
 
     def _begin(self, rows: NDArray[np.intp]) -> None:
         self._elapsed[rows] = 0
         self._length[rows] = 0
         self._return[rows] = 0.0
-        self._world.reset(rows, self._rng)
+        self._world.reset(rows, SlotDraws([self._generators[row] for row in rows]))

@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from rustyrl.rollout import EpisodeRows, Rollout
 from rustyrl.spec import EnvironmentSpec
+from rustyrl_actors.contract import Place
 
-__all__ = ["Environment", "StepRows", "TimeStep", "allocate_rows", "rows_of"]
+__all__ = ["Environment", "StepRows", "TimeStep", "allocate_rows", "join_episodes", "rows_between", "rows_of"]
 
 Arrays = dict[str, NDArray[np.generic]]
+Masks = dict[str, NDArray[np.bool_]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +23,12 @@ class StepRows:
     """The rows that one step of one environment writes: views of a rollout, E slots wide.
 
     observation: name to `[E, ...]`, what the next action is chosen from (row t + 1 of the rollout)
+    action_mask: part to `[E, choices]` bool for masked parts, what the next action may be (row t + 1)
     reward, terminated, truncated, valid: `[E]`, the outcome of this step (row t)
     """
 
     observation: Arrays
+    action_mask: Masks
     reward: NDArray[np.float32]
     terminated: NDArray[np.bool_]
     truncated: NDArray[np.bool_]
@@ -35,30 +39,34 @@ class StepRows:
 class TimeStep:
     """What a step has to say beside the rows that it wrote; both are None in most steps.
 
-    final_slots: `[K]` int, the slots truncated in this step
-    final_observation: name to `[K, ...]`, what they saw before their reset
-    episodes: the episodes that ended in this step, their ``slot`` counted within the environment
+    episodes: the M episodes that ended in this step, their ``slot`` counted within the environment
+    final_observation: name to `[M, ...]`, what those slots saw before their reset
     """
 
-    final_slots: NDArray[np.intp] | None = None
-    final_observation: Arrays | None = None
     episodes: EpisodeRows | None = None
+    final_observation: Arrays | None = None
 
 
 class Environment(Protocol):
     """E slots that are stepped together; a slot whose episode ends is reset within the same step."""
 
     spec: EnvironmentSpec
+    place: Place
 
-    def reset(self, seed: tuple[int, ...], observation: Arrays) -> None:
-        """Start new episodes in every slot, write their first observation, and seed what follows."""
+    def reset(self, seed: tuple[int, ...], out: StepRows) -> None:
+        """Start new episodes in every slot and seed what follows.
+
+        Args:
+            seed: all that decides what happens, beside the actions.
+            out: its ``observation`` and ``action_mask`` are written; not to be kept.
+        """
         ...
 
-    def step(self, action: NDArray[np.generic], out: StepRows) -> TimeStep:
+    def step(self, action: Arrays, out: StepRows) -> TimeStep:
         """Step every slot once and write the outcome into ``out``.
 
         Args:
-            action: `[E, ...]` as the action space says, boxes already clipped to their bounds.
+            action: part to `[E, ...]` as the action space says, boxes within their bounds.
             out: where the rewards, flags and next observations go. Not to be kept.
         """
         ...
@@ -73,6 +81,7 @@ def rows_of(rollout: Rollout, slots: slice) -> list[StepRows]:
     return [
         StepRows(
             observation={name: array[t + 1, slots] for name, array in rollout.observation.items()},
+            action_mask={name: array[t + 1, slots] for name, array in rollout.action_mask.items()},
             reward=rollout.reward[t, slots],
             terminated=rollout.terminated[t, slots],
             truncated=rollout.truncated[t, slots],
@@ -82,10 +91,33 @@ def rows_of(rollout: Rollout, slots: slice) -> list[StepRows]:
     ]
 
 
+def rows_between(rows: StepRows, slots: slice) -> StepRows:
+    """The rows of some slots."""
+    return StepRows(
+        observation={name: array[slots] for name, array in rows.observation.items()},
+        action_mask={name: array[slots] for name, array in rows.action_mask.items()},
+        reward=rows.reward[slots],
+        terminated=rows.terminated[slots],
+        truncated=rows.truncated[slots],
+        valid=rows.valid[slots],
+    )
+
+
+def join_episodes(parts: list[tuple[int, EpisodeRows]]) -> EpisodeRows:
+    """Episodes of several environments or steps, in this order; each part comes with its environment's first slot."""
+    return EpisodeRows(
+        slot=np.concatenate([part.slot + np.int32(first) for first, part in parts]),
+        episode_return=np.concatenate([part.episode_return for _, part in parts]),
+        length=np.concatenate([part.length for _, part in parts]),
+        metrics={name: np.concatenate([part.metrics[name] for _, part in parts]) for name in parts[0][1].metrics},
+    )
+
+
 def allocate_rows(spec: EnvironmentSpec) -> StepRows:
     """Rows of their own, for who steps an environment without recording it."""
     return StepRows(
         observation={a.name: np.zeros((spec.slots, *a.shape), a.dtype) for a in spec.observation},
+        action_mask={p.name: np.ones((spec.slots, *p.mask.shape), bool) for p in spec.action if p.masked},
         reward=np.zeros(spec.slots, np.float32),
         terminated=np.zeros(spec.slots, bool),
         truncated=np.zeros(spec.slots, bool),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rustyrl.spec import action_blocks
 from rustyrl.weights import VARIANCE_FLOOR, PolicySpec, Weights, read_policy
+from rustyrl_actors.sampling import BoxSampler, ChoiceSampler
 
 __all__ = ["Policy"]
 
@@ -25,22 +26,16 @@ class Policy:
     def __init__(self, weights: Weights, slots: int) -> None:
         self.spec: PolicySpec = weights.spec
         self.slots = slots
-        sizes = [*weights.spec.hidden, weights.spec.action.parameter_count]
+        sizes = [*weights.spec.hidden, weights.spec.output_width]
         self._layers = [
             (np.empty_like(weights.arrays[f"policy.{i}.weight"]), np.empty(n, np.float32)) for i, n in enumerate(sizes)
         ]
         self._outputs = [np.empty((slots, n), np.float32) for n in sizes]
         self._scratch = [np.empty((slots, n), np.float32) for n in sizes]
         self._input = np.empty((slots, self._layers[0][0].shape[0]), np.float32)
+        self._joins = weights.spec.normalize or [array.dtype for array in weights.spec.observation] != ["float32"]
         self._activate = ACTIVATIONS[weights.spec.activation]
-        action = weights.spec.action
-        if action.kind == "box":
-            self._low, self._high = (np.array(b, np.float32).reshape(action.shape) for b in (action.low, action.high))
-        else:
-            self._choices = np.empty(slots, np.int64)
-            self._column = np.empty((slots, 1), np.float32)
-            self._passed = np.empty((slots, action.count), bool)
-            self._first = np.arange(slots) * action.count  # where each slot's logits start, flattened
+        self._samplers = self._make_samplers()
         self.load(weights)
 
     @classmethod
@@ -55,37 +50,56 @@ class Policy:
         for index, (weight, bias) in enumerate(self._layers):
             weight[...] = weights.arrays[f"policy.{index}.weight"]
             bias[...] = weights.arrays[f"policy.{index}.bias"]
-        if self.spec.action.kind == "box":
-            self._log_std = weights.arrays["log_std"].copy()
-            self._std = np.exp(self._log_std)
-            self._log_density = float(-self._log_std.sum() - 0.5 * math.log(2 * math.pi) * len(self._std))
+        start = 0
+        for sampler in self._samplers:
+            if isinstance(sampler, BoxSampler):
+                sampler.load(weights.arrays["log_std"][start : start + sampler.width])
+                start += sampler.width
         if self.spec.normalize:
             self._mean = weights.arrays["normalizer.mean"].copy()
             self._scale = 1 / np.sqrt(weights.arrays["normalizer.variance"] + np.float32(VARIANCE_FLOOR))
 
+    def allocate_action(self) -> dict[str, NDArray[np.generic]]:
+        """Arrays for `act` to write into: part to `[W, ...]`."""
+        return {part.name: np.zeros((self.slots, *part.shape), part.array.dtype) for part in self.spec.action}
+
     def act(
         self,
-        observation: dict[str, NDArray[np.generic]],
+        observation: Mapping[str, NDArray[np.generic]],
         noise: Floats | None,
-        action: NDArray[np.generic],
+        action: Mapping[str, NDArray[np.generic]],
         log_prob: Floats | None = None,
+        mask: Mapping[str, NDArray[np.bool_]] | None = None,
     ) -> None:
-        """Choose an action for every slot and write it, raw, with its log-probability.
+        """Choose an action for every slot and write it, raw, with its log-probability (stop 11).
 
         Args:
             observation: name to `[W, ...]`, as the environment gave it.
-            noise: `[W, A]` standard normal (box) or `[W, 1]` uniform (discrete); None acts greedily.
-            action: `[W, ...]`, written.
+            noise: `[W, A]`, standard normal for a box and uniform for a choice; None acts greedily.
+            action: part to `[W, ...]`, written.
             log_prob: `[W]` float32, written; may be left out when acting greedily.
+            mask: part to `[W, choices]`, for the parts that are masked; a choice that is False is never taken.
         """
         outputs = self.forward(observation)
-        if self.spec.action.kind == "box":
-            self._act_box(outputs, noise, action, log_prob)
-        else:
-            self._act_discrete(outputs, noise, action, log_prob)
+        for index, sampler in enumerate(self._samplers):
+            name, block = sampler.part.name, sampler.block
+            given = None
+            if block.mask is not None:
+                if mask is None or name not in mask:
+                    raise ValueError(f"the policy masks the choices of action {name!r}; pass mask={{{name!r}: ...}}")
+                given = mask[name]
+            target = action[name].reshape(self.slots, -1)[:, block.within]
+            drawn = None if noise is None else noise[:, block.column]
+            sampler.draw(outputs[:, block.output], drawn, given, target)
+            if log_prob is None or noise is None:
+                continue
+            if index == 0:
+                log_prob[...] = sampler.log_prob
+            else:
+                log_prob += sampler.log_prob
 
-    def forward(self, observation: dict[str, NDArray[np.generic]]) -> Floats:
-        """Logits or means `[W, A]`; the array is reused by the next call."""
+    def forward(self, observation: Mapping[str, NDArray[np.generic]]) -> Floats:
+        """Logits and means `[W, outputs]`; the array is reused by the next call."""
         x = self._prepare(observation)
         last = len(self._layers) - 1
         for index, (weight, bias) in enumerate(self._layers):
@@ -97,62 +111,39 @@ class Policy:
             x = out
         return x
 
-    def clip(self, action: NDArray[np.generic], out: NDArray[np.generic]) -> NDArray[np.generic]:
-        """What the environment is given for a raw action `[W, ...]`: a box clipped to its bounds, into ``out``."""
-        if self.spec.action.kind == "discrete":
-            return action
-        return np.clip(action, self._low, self._high, out=out)
+    def bound(self, action: Mapping[str, NDArray[np.generic]], out: Mapping[str, NDArray[np.generic]]) -> None:
+        """Write what the environment is given for raw actions: choices as they are, boxes within their bounds.
 
-    def _prepare(self, observation: dict[str, NDArray[np.generic]]) -> Floats:
+        Args:
+            action: part to `[W, ...]`, raw, as `act` wrote it.
+            out: part to `[W, ...]`, written; may be ``action`` itself.
+        """
+        for sampler in self._samplers:
+            name, within = sampler.part.name, sampler.block.within
+            raw, bounded = (arrays[name].reshape(self.slots, -1)[:, within] for arrays in (action, out))
+            sampler.bound(raw, bounded)
+
+    def _prepare(self, observation: Mapping[str, NDArray[np.generic]]) -> Floats:
         arrays = [observation[array.name].reshape(self.slots, -1) for array in self.spec.observation]
+        if not self._joins:
+            return arrays[0]  # type: ignore[return-value]
+        np.concatenate(arrays, axis=1, out=self._input, casting="unsafe")
         if not self.spec.normalize:
-            if len(arrays) == 1:
-                return arrays[0]  # type: ignore[return-value]
-            np.concatenate(arrays, axis=1, out=self._input)
             return self._input
-        np.concatenate(arrays, axis=1, out=self._input)
         np.subtract(self._input, self._mean, out=self._input)
         np.multiply(self._input, self._scale, out=self._input)
         limit = self.spec.observation_clip
         return np.clip(self._input, -limit, limit, out=self._input)
 
-    def _act_box(
-        self, mean: Floats, noise: Floats | None, action: NDArray[np.generic], log_prob: Floats | None
-    ) -> None:
-        flat = action.reshape(self.slots, -1)
-        if noise is None:
-            flat[...] = mean
-            return
-        np.multiply(noise, self._std, out=flat)
-        np.add(flat, mean, out=flat)
-        if log_prob is not None:  # (action - mean) / std is the noise itself
-            np.einsum("wa,wa->w", noise, noise, out=log_prob)
-            np.multiply(log_prob, np.float32(-0.5), out=log_prob)
-            np.add(log_prob, np.float32(self._log_density), out=log_prob)
-
-    def _act_discrete(
-        self, logits: Floats, noise: Floats | None, action: NDArray[np.generic], log_prob: Floats | None
-    ) -> None:
-        if noise is None:
-            np.argmax(logits, axis=1, out=self._choices)
-            action[...] = self._choices
-            return
-        probability, column = self._scratch[-1], self._column
-        np.max(logits, axis=1, keepdims=True, out=column)
-        np.subtract(logits, column, out=logits)
-        np.exp(logits, out=probability)
-        np.cumsum(probability, axis=1, out=probability)
-        total = probability[:, -1:]
-        np.multiply(noise, total, out=column)
-        np.less_equal(probability, column, out=self._passed)
-        np.sum(self._passed, axis=1, out=self._choices)
-        np.minimum(self._choices, logits.shape[1] - 1, out=self._choices)  # rounding at the upper end
-        action[...] = self._choices
-        if log_prob is not None:
-            np.log(total, out=column)
-            np.add(self._choices, self._first, out=self._choices)
-            np.take(logits, self._choices, out=log_prob, mode="clip")
-            np.subtract(log_prob, column[:, 0], out=log_prob)
+    def _make_samplers(self) -> list[BoxSampler | ChoiceSampler]:
+        samplers: list[BoxSampler | ChoiceSampler] = []
+        for block in action_blocks(self.spec.action):
+            part = self.spec.action[block.part]
+            if block.kind == "box":
+                samplers.append(BoxSampler(part, block, self.slots, squashed=self.spec.box == "squashed"))
+            else:
+                samplers.append(ChoiceSampler(part, block, self.slots))
+        return samplers
 
 
 def _tanh(x: Floats, _scratch: Floats) -> None:

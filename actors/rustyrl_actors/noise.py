@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from rustyrl.spec import ActionSpec
+from rustyrl.spec import EnvironmentSpec
 
 __all__ = ["allocate_noise", "fill_noise", "noise_generator"]
 
@@ -23,16 +23,18 @@ def noise_generator(seed: int, world: int, batch: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def allocate_noise(action: ActionSpec, unroll_length: int, slots: int) -> NDArray[np.float32]:
-    """Room for the noise of a rollout: `[T, W, A]` for a box of A numbers, `[T, W, 1]` for a discrete action."""
-    width = action.parameter_count if action.kind == "box" else 1
-    return np.empty((unroll_length, slots, width), np.float32)
+def allocate_noise(spec: EnvironmentSpec, unroll_length: int, slots: int) -> NDArray[np.float32]:
+    """Room for the noise of a rollout: `[T, W, A]`, one number for each number of an action."""
+    return np.empty((unroll_length, slots, spec.action_width), np.float32)
 
 
-def fill_noise(noise: NDArray[np.float32], action: ActionSpec, columns: slice, generator: np.random.Generator) -> None:
-    """Fill one world's columns: standard normal for a box, uniform in [0, 1) for a discrete action."""
-    shape = (noise.shape[0], columns.stop - columns.start, noise.shape[2])
-    if action.kind == "box":
-        noise[:, columns] = generator.standard_normal(shape, np.float32)
-    else:
-        noise[:, columns] = generator.random(shape, np.float32)
+def fill_noise(
+    noise: NDArray[np.float32], spec: EnvironmentSpec, columns: slice, generator: np.random.Generator
+) -> None:
+    """Fill one world's columns, part by part: standard normal for a box, uniform in [0, 1) for choices."""
+    start = 0
+    for part in spec.action:
+        shape = (noise.shape[0], columns.stop - columns.start, part.width)
+        draw = generator.standard_normal if part.kind == "box" else generator.random
+        noise[:, columns, start : start + part.width] = draw(shape, np.float32)
+        start += part.width

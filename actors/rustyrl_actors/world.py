@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import gymnasium
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from rustyrl.errors import UsageError
-from rustyrl.spec import ActionSpec, ArraySpec, EnvironmentSpec, MetricSpec
+from rustyrl.spec import EnvironmentSpec, MetricSpec
 from rustyrl_actors.agent import Agent
+from rustyrl_actors.draws import SlotDraws
+from rustyrl_actors.spaces import action_parts, observation_arrays
 
-__all__ = ["SINGLE_ARRAY", "World", "WorldClass", "WorldInfo", "describe_world"]
+__all__ = ["ColumnWorld", "NoParameters", "ObjectWorld", "World", "WorldClass", "WorldInfo", "describe_world"]
 
-SINGLE_ARRAY = "main"  # the name of an observation or action that is one array
+Style = Literal["column", "object"]
 
 
 class WorldInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What a world declares of itself; spaces are those of one slot.
 
-    ``goal`` is the default ``--stop-at``; ``evaluate_from`` are the conditions on training episodes from which
-    on versions are evaluated; ``defaults`` are recommended configuration values by section.
+    ``step_s`` is the simulated time of an env step in s, which is ``ticks_per_step`` ticks of the game (the decision
+    interval); ``action_mask`` says that the world masks the choices of its actions; ``goal`` is the default
+    ``--stop-at``; ``evaluate_from`` are the conditions on training episodes from which on versions are evaluated;
+    ``defaults`` are recommended configuration values by section.
     """
 
     observation_space: gymnasium.Space[Any]
@@ -30,13 +33,14 @@ class WorldInfo(msgspec.Struct, frozen=True, kw_only=True):
     step_s: float
     max_episode_steps: int
     ticks_per_step: int = 1
+    action_mask: bool = False
     metrics: tuple[MetricSpec, ...] = ()
     goal: tuple[str, ...] = ()
     evaluate_from: tuple[str, ...] = ()
     defaults: dict[str, dict[str, Any]] = {}
 
 
-class World(Protocol):
+class ColumnWorld(Protocol):
     """An esper world whose components hold E slots as arrays with a leading row axis (column style)."""
 
     info: WorldInfo
@@ -45,8 +49,8 @@ class World(Protocol):
         """Create entities and processors in the current esper world; return the `Agent` among them."""
         ...
 
-    def reset(self, rows: NDArray[np.intp], rng: np.random.Generator) -> None:
-        """Start a new episode in these slots, drawing from ``rng`` alone."""
+    def reset(self, rows: NDArray[np.intp], rng: SlotDraws) -> None:
+        """Start a new episode in these slots, drawing from ``rng`` alone: `[len(rows), *size]` a call."""
         ...
 
     def observe(self, rows: NDArray[np.intp] | slice) -> None:
@@ -54,25 +58,61 @@ class World(Protocol):
         ...
 
 
-class WorldClass(Protocol):
-    """A class that makes worlds: its name, its declared parameters, its usual number of slots."""
+class ObjectWorld(Protocol):
+    """An ordinary esper game: one entity is one object, those with an `Agent` are controlled (object style).
 
-    name: str
-    default_slots: int
-    Parameters: type[msgspec.Struct]
+    May have ``tick(self)``, which advances the game by one tick; without it that is ``esper.process()``. A game that
+    draws from the global generators of Python's `random` or of numpy says ``global_random = True``: each world then
+    has a state of them of its own, seeded with the world.
+    """
+
+    info: WorldInfo
+
+    def reset(self, rng: np.random.Generator) -> None:
+        """Begin a new game: add processors and create entities in an empty esper world, drawing from ``rng`` alone."""
+        ...
+
+    def observe(self) -> None:
+        """Write the observation of every entity with an `Agent`."""
+        ...
+
+
+World = ColumnWorld | ObjectWorld
+
+
+class NoParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The parameters of a world that declares none."""
+
+
+class WorldClass(Protocol):
+    """A class that makes worlds.
+
+    It may have ``style`` ("column" unless it says "object"), ``default_slots`` (agents of one world: 64 in column
+    style, 1 in object style) and ``Parameters``, a `msgspec.Struct` of what can be set with ``--set env.NAME=VALUE``.
+    """
 
     def __call__(self, slots: int, parameters: Any) -> World:
         """Make a world for this number of slots."""
         ...
 
 
-def describe_world(env: str, world: World, slots: int, parameters: msgspec.Struct) -> EnvironmentSpec:
-    """The spec of a world: everything about it that crosses a process boundary."""
-    info = world.info
+def describe_world(
+    env: str, info: WorldInfo, slots: int, parameters: msgspec.Struct, defaults: dict[str, dict[str, Any]]
+) -> EnvironmentSpec:
+    """The spec of a world: everything about it that crosses a process boundary.
+
+    Args:
+        env: its name.
+        info: what it declares; its defaults win over ``defaults``.
+        slots: agents of one world.
+        parameters: as they are set.
+        defaults: configuration values that go with its style.
+    """
+    sections = {*defaults, *info.defaults}
     return EnvironmentSpec(
         env=env,
-        observation=_observation_arrays(env, info.observation_space),
-        action=_action_spec(env, info.action_space),
+        observation=observation_arrays(env, info.observation_space),
+        action=action_parts(env, info.action_space, masked=info.action_mask),
         slots=slots,
         step_s=info.step_s,
         max_episode_steps=info.max_episode_steps,
@@ -80,30 +120,5 @@ def describe_world(env: str, world: World, slots: int, parameters: msgspec.Struc
         goal=info.goal,
         evaluate_from=info.evaluate_from,
         parameters=msgspec.to_builtins(parameters),
-        defaults=info.defaults,
-    )
-
-
-def _observation_arrays(env: str, space: gymnasium.Space[Any]) -> tuple[ArraySpec, ...]:
-    if isinstance(space, gymnasium.spaces.Dict):
-        return tuple(_box_array(env, name, part) for name, part in sorted(space.spaces.items()))
-    return (_box_array(env, SINGLE_ARRAY, space),)
-
-
-def _box_array(env: str, name: str, space: gymnasium.Space[Any]) -> ArraySpec:
-    if not isinstance(space, gymnasium.spaces.Box) or space.dtype != np.float32:
-        raise UsageError(
-            f"environment {env!r}: observation {name!r} is {space}; expected a float32 Box or a Dict of them"
-        )
-    return ArraySpec(name, space.shape, "float32")
-
-
-def _action_spec(env: str, space: gymnasium.Space[Any]) -> ActionSpec:
-    if isinstance(space, gymnasium.spaces.Discrete) and space.start == 0:
-        return ActionSpec("discrete", SINGLE_ARRAY, count=int(space.n))
-    if isinstance(space, gymnasium.spaces.Box) and space.dtype == np.float32:
-        low, high = (tuple(float(v) for v in bound.ravel()) for bound in (space.low, space.high))
-        return ActionSpec("box", SINGLE_ARRAY, shape=space.shape, low=low, high=high)
-    raise UsageError(
-        f"environment {env!r}: action space {space} is not supported; expected Discrete(n) or a float32 Box"
+        defaults={name: {**defaults.get(name, {}), **info.defaults.get(name, {})} for name in sorted(sections)},
     )

@@ -40,13 +40,16 @@ def training_batch(
     ended = batch.terminated | batch.truncated
     advantage = gae(batch.reward, value[:-1], future, ended, batch.valid, gamma, gae_lambda)
     observation = rows[: steps * slots]
-    action = batch.action.reshape(steps * slots, *batch.action.shape[2:])
+    action = batch.action.reshape(steps * slots, -1)
+    mask = None if batch.action_mask is None else batch.action_mask.reshape(steps * slots, -1)
     behavior_log_prob = batch.behavior_log_prob.reshape(-1)
     flat = {
         "observation": observation,
         "action": action,
         "behavior_log_prob": behavior_log_prob,
-        "proximal_log_prob": network.log_prob(network.policy(observation), action) if lagged else behavior_log_prob,
+        "proximal_log_prob": network.log_prob(network.policy(observation), action, mask)
+        if lagged
+        else behavior_log_prob,
         "advantage": advantage.reshape(-1),
         "value": value[:-1].reshape(-1),
         "value_target": (advantage + value[:-1]).reshape(-1),
@@ -54,4 +57,5 @@ def training_batch(
     valid = batch.valid.reshape(-1)
     if not bool(valid.all()):
         flat = {name: array[valid] for name, array in flat.items()}
-    return TrainingBatch(**flat)
+        mask = None if mask is None else mask[valid]
+    return TrainingBatch(**flat, action_mask=mask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ class Batch:
     """One batch on the learner's device, time first.
 
     observation: `[T+1, B, width]` float32, raw, the arrays of an observation flattened and joined
-    action: `[T, B, A]` float32 or `[T, B]` int64
+    action: `[T, B, A]` float32, the parts of an action flattened and joined; choices as whole numbers
+    action_mask: `[T, B, M]` bool, the masks of its masked parts joined, or None
     behavior_log_prob, reward: `[T, B]` float32
     terminated, truncated, valid: `[T, B]` bool
     final_index: `[K, 2]` int64, the (t, b) of each truncated step; final_observation: `[K, width]` float32
@@ -28,6 +30,7 @@ class Batch:
 
     observation: Tensor
     action: Tensor
+    action_mask: Tensor | None
     behavior_log_prob: Tensor
     reward: Tensor
     terminated: Tensor
@@ -66,18 +69,18 @@ class BatchBuffer:
     _arrays: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        steps, slots, action = self.unroll_length, self.worlds * self.spec.slots, self.spec.action
-        action_shape = (action.parameter_count,) if action.kind == "box" else ()
-        action_type = torch.float32 if action.kind == "box" else torch.int64
+        steps, slots = self.unroll_length, self.worlds * self.spec.slots
         self._arrays = {
             "observation": self._empty((steps + 1, slots, self.spec.observation_width), torch.float32),
-            "action": self._empty((steps, slots, *action_shape), action_type),
+            "action": self._empty((steps, slots, self.spec.action_width), torch.float32),
             "behavior_log_prob": self._empty((steps, slots), torch.float32),
             "reward": self._empty((steps, slots), torch.float32),
             "terminated": self._empty((steps, slots), torch.bool),
             "truncated": self._empty((steps, slots), torch.bool),
             "valid": self._empty((steps, slots), torch.bool),
         }
+        if self.spec.mask_width:
+            self._arrays["action_mask"] = self._empty((steps, slots, self.spec.mask_width), torch.bool)
 
     def begin(self, number: int) -> None:
         """Use the memory for another batch."""
@@ -89,17 +92,20 @@ class BatchBuffer:
         worlds, slots = rollout.origin.ticket.worlds, self.spec.slots
         for position, world in enumerate(worlds):
             here, there = slice(position * slots, (position + 1) * slots), slice(world * slots, (world + 1) * slots)
-            self._place_observation(rollout, here, there)
+            steps = self.unroll_length
+            self._join("observation", rollout.observation, [a.name for a in self.spec.observation], here, there)
+            self._join("action", rollout.action, [part.name for part in self.spec.action], here, there)
+            if self.spec.mask_width:
+                masks = {name: mask[:steps] for name, mask in rollout.action_mask.items()}
+                self._join("action_mask", masks, [part.name for part in self.spec.action if part.masked], here, there)
             for name, array in {
-                "action": rollout.action[self.spec.action.name],
                 "behavior_log_prob": rollout.behavior_log_prob,
                 "reward": rollout.reward,
                 "terminated": rollout.terminated,
                 "truncated": rollout.truncated,
                 "valid": rollout.valid,
             }.items():
-                target = self._arrays[name].numpy()[:, there]
-                target[...] = array[:, here].reshape(target.shape)
+                self._arrays[name].numpy()[:, there] = array[:, here]
         columns = np.concatenate([np.arange(world * slots, (world + 1) * slots) for world in worlds])
         seen = [
             rollout.final_observation[a.name].reshape(len(rollout.final_index), a.width) for a in self.spec.observation
@@ -132,8 +138,10 @@ class BatchBuffer:
         joined = np.concatenate(index).astype(np.int64)
         order = np.lexsort((joined[:, 1], joined[:, 0]))
         final = np.concatenate([answer.final_observation for answer in answers])[order]
+        mask = on_device.pop("action_mask", None)
         return Batch(
             **on_device,
+            action_mask=mask,
             final_index=torch.from_numpy(joined[order]).to(device),
             final_observation=torch.from_numpy(final).to(device),
         )
@@ -161,15 +169,14 @@ class BatchBuffer:
                 total[stage] = total.get(stage, 0.0) + seconds
         return total
 
-    def _place_observation(self, rollout: Rollout, here: slice, there: slice) -> None:
-        target = self._arrays["observation"].numpy()
+    def _join(self, name: str, arrays: dict[str, NDArray[Any]], order: list[str], here: slice, there: slice) -> None:
+        """Flatten and join named arrays `[T, slots, ...]` into the columns of one, casting to its dtype."""
+        target = self._arrays[name].numpy()
         start = 0
-        for array in self.spec.observation:
-            part = rollout.observation[array.name][:, here].reshape(
-                self.unroll_length + 1, self.spec.slots, array.width
-            )
-            target[:, there, start : start + array.width] = part
-            start += array.width
+        for key in order:
+            part = arrays[key][:, here].reshape(len(target), self.spec.slots, -1)
+            target[:, there, start : start + part.shape[2]] = part
+            start += part.shape[2]
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=self.pin)

@@ -15,11 +15,12 @@ import msgspec
 
 from rustyrl.channels import Received, RolloutReceiver
 from rustyrl.config import Config
-from rustyrl.errors import RunFailedError, WireError
+from rustyrl.errors import ContractError, RunFailedError, WireError
 from rustyrl.rollout import Ticket
 from rustyrl.spec import EnvironmentSpec
 from rustyrl.stages import Stages
 from rustyrl.wire import (
+    Fault,
     Goodbye,
     Hello,
     Lease,
@@ -189,6 +190,8 @@ class Collector:
                 self._admit_actor(peer, actor, fingerprint)
             case Lease():
                 pass
+            case Fault(reason) if actor is not None and actor.ready:
+                raise ContractError(reason)
             case Goodbye() | Refusal():
                 self._lose(peer, "it left")
             case WireError(reason=reason) as error:

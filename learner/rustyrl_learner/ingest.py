@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from rustyrl.errors import ContractError, WireError
 from rustyrl.rollout import Rollout, rollout_arrays
-from rustyrl.spec import EnvironmentSpec
+from rustyrl.spec import ActionSpec, EnvironmentSpec
 
 __all__ = ["admit"]
 
@@ -38,6 +38,7 @@ def _check_shapes(rollout: Rollout, spec: EnvironmentSpec, unroll_length: int, s
     named: dict[str, NDArray[Any]] = {
         **{f"observation.{name}": array for name, array in rollout.observation.items()},
         **{f"action.{name}": array for name, array in rollout.action.items()},
+        **{f"action_mask.{name}": array for name, array in rollout.action_mask.items()},
         "behavior_log_prob": rollout.behavior_log_prob,
         "reward": rollout.reward,
         "terminated": rollout.terminated,
@@ -51,10 +52,22 @@ def _check_shapes(rollout: Rollout, spec: EnvironmentSpec, unroll_length: int, s
         want = expected[name]
         if array.shape != want.shape or array.dtype != want.dtype:
             raise WireError("shape", f"{name} is {array.dtype} {array.shape}, expected {want.dtype} {want.shape}")
-    if spec.action.kind == "discrete":
-        action = rollout.action[spec.action.name]
-        if action.min() < 0 or action.max() >= spec.action.count:
-            raise WireError("action", f"a choice outside 0..{spec.action.count - 1}")
+    for part in spec.action:
+        action = rollout.action[part.name]
+        if part.kind == "discrete" and action.size:
+            counts = np.reshape(part.counts, part.shape)
+            if action.min() < 0 or (action >= counts).any():
+                raise WireError("action", f"a choice of {part.name!r} outside its {part.text}")
+        if part.masked:
+            _check_mask(part, action, rollout)
+
+
+def _check_mask(part: ActionSpec, action: NDArray[Any], rollout: Rollout) -> None:
+    """Every choice that was taken was allowed."""
+    mask = rollout.action_mask[part.name][:-1]
+    taken = action.reshape(*mask.shape[:2], -1) + np.array(part.first)
+    if not np.take_along_axis(mask, taken, axis=2)[rollout.valid].all():
+        raise WireError("action", f"a choice of {part.name!r} that its mask does not allow")
 
 
 def _check_ends(rollout: Rollout, spec: EnvironmentSpec, slots: int) -> None:

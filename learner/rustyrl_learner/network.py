@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rustyrl.weights import PolicySpec, Weights
-from rustyrl_learner.distribution import box_entropy, box_log_prob, discrete_entropy, discrete_log_prob
+from rustyrl_learner.distribution import ActionDistribution
 from rustyrl_learner.normalizer import ObservationNormalizer
 
 __all__ = ["ActorCritic", "Dense", "export_weights", "import_weights"]
@@ -106,21 +106,20 @@ class ActorCritic(nn.Module):
         self.shared = shared
         width = sum(array.width for array in spec.observation)
         sizes = [width, *spec.hidden]
-        outputs = spec.action.parameter_count
         self.trunk = Perceptron(sizes, spec.activation, spec.activation, 2**0.5) if spec.hidden else None
-        self.policy_head = Perceptron([sizes[-1], outputs], spec.activation, "identity", 0.01)
+        self.policy_head = Perceptron([sizes[-1], spec.output_width], spec.activation, "identity", 0.01)
         self.critic = Perceptron([sizes[-1], 1] if shared else [*sizes, 1], spec.activation, "identity", 1.0)
-        if spec.action.kind == "box":
-            self.log_std = nn.Parameter(torch.full((outputs,), float(initial_log_std)))
+        self.distribution = ActionDistribution(spec)
+        self.log_std = nn.Parameter(torch.full((spec.box_width,), float(initial_log_std))) if spec.box_width else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits or means `[N, A]` and values `[N]`."""
+        """Logits and means `[N, outputs]` and values `[N]`."""
         features = x if self.trunk is None else self.trunk(x)
         value = self.critic(features if self.shared else x)
         return self.policy_head(features), value.squeeze(-1)
 
     def policy(self, x: Tensor) -> Tensor:
-        """Logits or means `[N, A]` alone."""
+        """Logits and means `[N, outputs]` alone."""
         return self.policy_head(x if self.trunk is None else self.trunk(x))  # type: ignore[no-any-return]
 
     def value(self, x: Tensor) -> Tensor:
@@ -128,17 +127,13 @@ class ActorCritic(nn.Module):
         features = self.trunk(x) if self.shared and self.trunk is not None else x
         return self.critic(features).squeeze(-1)  # type: ignore[no-any-return]
 
-    def log_prob(self, outputs: Tensor, action: Tensor) -> Tensor:
-        """Log-probability `[N]` of raw actions `[N, A]` (box) or `[N]` (discrete) under these outputs."""
-        if self.spec.action.kind == "box":
-            return box_log_prob(outputs, self.log_std, action)
-        return discrete_log_prob(outputs, action)
+    def log_prob(self, outputs: Tensor, action: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Log-probability `[N]` of raw actions `[N, A]` under these outputs and masks `[N, M]`."""
+        return self.distribution.log_prob(outputs, self.log_std, action, mask)
 
-    def entropy(self, outputs: Tensor) -> Tensor:
+    def entropy(self, outputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Entropy, `[N]` or `[]` where it is the same for every row."""
-        if self.spec.action.kind == "box":
-            return box_entropy(self.log_std)
-        return discrete_entropy(outputs)
+        return self.distribution.entropy(outputs, self.log_std, mask)
 
     def policy_parameters(self) -> dict[str, Tensor]:
         """The parameters that an actor needs, under their names in `Weights`."""
@@ -146,7 +141,7 @@ class ActorCritic(nn.Module):
         layers += zip(self.policy_head.weights, self.policy_head.biases, strict=True)
         named = {f"policy.{i}.weight": weight for i, (weight, _) in enumerate(layers)}
         named |= {f"policy.{i}.bias": bias for i, (_, bias) in enumerate(layers)}
-        if self.spec.action.kind == "box":
+        if self.log_std is not None:
             named["log_std"] = self.log_std
         return named
 

@@ -22,7 +22,8 @@ class TrainingBatch:
     """The valid steps of one batch, flattened: N rows, everything on the learner's device.
 
     observation: `[N, width]` float32, normalised
-    action: `[N, A]` float32 raw samples, or `[N]` int64
+    action: `[N, A]` float32 raw samples, choices as whole numbers
+    action_mask: `[N, M]` bool, what the masked parts of the action could be, or None
     behavior_log_prob: `[N]` float32, of the action under the version that chose it
     proximal_log_prob: `[N]` float32, of the action under the version that this update starts from
     advantage, value, value_target: `[N]` float32
@@ -30,6 +31,7 @@ class TrainingBatch:
 
     observation: Tensor
     action: Tensor
+    action_mask: Tensor | None
     behavior_log_prob: Tensor
     proximal_log_prob: Tensor
     advantage: Tensor
@@ -41,6 +43,7 @@ class TrainingBatch:
         return TrainingBatch(
             self.observation.index_select(0, rows),
             self.action.index_select(0, rows),
+            None if self.action_mask is None else self.action_mask.index_select(0, rows),
             self.behavior_log_prob.index_select(0, rows),
             self.proximal_log_prob.index_select(0, rows),
             self.advantage.index_select(0, rows),
@@ -175,13 +178,13 @@ def _optimizer_step(
     advantage = batch.advantage
     if config.normalize_advantage and len(advantage) > 1:
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    log_prob = network.log_prob(outputs, batch.action)
+    log_prob = network.log_prob(outputs, batch.action, batch.action_mask)
     log_ratio = log_prob - batch.proximal_log_prob
     ratio = log_ratio.exp()
     importance = (batch.proximal_log_prob - batch.behavior_log_prob).exp().clamp(max=MAX_IMPORTANCE)
     policy = policy_loss(ratio, importance, advantage, config.clip)
     critic = value_loss(value, batch.value, batch.value_target, config.value_clip)
-    entropy = network.entropy(outputs).mean()
+    entropy = network.entropy(outputs, batch.action_mask).mean()
     loss = policy + config.value_coefficient * critic - config.entropy * entropy
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]

@@ -33,6 +33,7 @@ class Training:
             activation=config.policy.activation,
             normalize=config.policy.normalize,
             observation_clip=config.policy.observation_clip,
+            box=config.policy.box,
         )
         shared = config.policy.trunk == "shared"
         network = ActorCritic(policy, shared=shared, initial_log_std=config.policy.initial_log_std)

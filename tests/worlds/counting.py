@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from rustyrl_actors.agent import Agent
+from rustyrl_actors.draws import SlotDraws
 from rustyrl_actors.world import WorldInfo
 
 
@@ -33,7 +34,7 @@ class CountingProcessor(esper.Processor):
             time.sleep(self._clock.random() * parameters.sleep_ms / 1000)
         if world.ticks == parameters.raise_at:
             raise ZeroDivisionError("the world of the test fell over")
-        world.position += np.clip(world.agent.action[:, 0], -1, 1) * 0.1
+        world.position += world.agent.action[:, 0] * 0.1
         world.agent.reward[:] = 1 - np.abs(world.position - world.target)
         if world.ticks == parameters.nan_at:
             world.agent.reward[-1] = np.nan
@@ -69,9 +70,9 @@ class Counting:
         esper.add_processor(CountingProcessor(self))
         return self.agent
 
-    def reset(self, rows: np.ndarray, rng: np.random.Generator) -> None:
-        self.position[rows] = rng.uniform(-1, 1, len(rows))
-        self.target[rows] = rng.uniform(-1, 1, len(rows))
+    def reset(self, rows: np.ndarray, rng: SlotDraws) -> None:
+        self.position[rows] = rng.uniform(-1, 1)
+        self.target[rows] = rng.uniform(-1, 1)
 
     def observe(self, rows: np.ndarray | slice) -> None:
         self.agent.observation["position"][rows, 0] = self.position[rows]
@@ -83,7 +84,7 @@ class Talkative(Counting):
 
     name = "talkative"
 
-    def reset(self, rows: np.ndarray, rng: np.random.Generator) -> None:
+    def reset(self, rows: np.ndarray, rng: SlotDraws) -> None:
         print("hello from the world " * 2000)
         super().reset(rows, rng)
 

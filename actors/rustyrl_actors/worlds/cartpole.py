@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rustyrl_actors.agent import Agent
-from rustyrl_actors.world import SINGLE_ARRAY, WorldInfo
+from rustyrl_actors.draws import SlotDraws
+from rustyrl_actors.world import WorldInfo
 
 __all__ = ["Cart", "CartPoleParameters", "CartPoleWorld"]
 
@@ -99,10 +100,10 @@ class CartPoleWorld:
         esper.add_processor(CartPoleProcessor(self._parameters))
         return self._agent
 
-    def reset(self, rows: NDArray[np.intp], rng: np.random.Generator) -> None:
+    def reset(self, rows: NDArray[np.intp], rng: SlotDraws) -> None:
         """Place the carts near the middle with their poles nearly upright."""
-        self._cart.state[rows] = rng.uniform(-0.05, 0.05, (len(rows), 4))
+        self._cart.state[rows] = rng.uniform(-0.05, 0.05, 4)
 
     def observe(self, rows: NDArray[np.intp] | slice) -> None:
         """The state itself, as float32."""
-        self._agent.observation[SINGLE_ARRAY][rows] = self._cart.state[rows]
+        self._agent.observation[rows] = self._cart.state[rows]

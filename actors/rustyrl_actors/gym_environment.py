@@ -1,0 +1,114 @@
+"""Gymnasium environments behind the environment contract: ``gym:ID``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from rustyrl.rollout import EpisodeRows
+from rustyrl.spec import EnvironmentSpec
+from rustyrl_actors.contract import Place
+from rustyrl_actors.environment import Arrays, StepRows, TimeStep
+from rustyrl_actors.gym_copies import GymBatch, GymCopies, close_all, make_gym
+from rustyrl_actors.gym_values import GymAction, GymReader
+from rustyrl_actors.spaces import action_parts, leaves
+
+__all__ = ["GYM_EVALUATION_SLOTS", "GYM_SLOTS", "GymEnvironment", "describe_gym"]
+
+GYM_SLOTS = 16
+GYM_EVALUATION_SLOTS = 64
+NO_LIMIT = 2**31 - 1  # of steps
+
+
+def describe_gym(env: str, env_id: str, slots: int, settings: Mapping[str, Any]) -> tuple[EnvironmentSpec, str]:
+    """The spec of a Gymnasium environment, and a line about it.
+
+    Its reward threshold, where it has one, is the goal.
+
+    Raises:
+        UsageError: there is none with this ID, it does not take these keyword arguments, or a space is of a kind that
+            this framework has no policy for.
+    """
+    made = make_gym(env, env_id, slots, settings, copies=1)
+    try:
+        if isinstance(made, list):
+            known, metadata = made[0].spec, made[0].metadata
+            limit = None if known is None else known.max_episode_steps
+            seen, acted = made[0].observation_space, made[0].action_space
+        else:
+            known, metadata = made.spec, made.metadata
+            limit = None if known is None else known.kwargs.get("max_episode_steps", known.max_episode_steps)
+            seen, acted = made.single_observation_space, made.single_action_space
+        arrays = GymReader(env, seen).arrays
+        actions = action_parts(env, acted)
+    finally:
+        close_all(made)
+    threshold = None if known is None else known.reward_threshold
+    fps = metadata.get("render_fps")
+    defaults: dict[str, dict[str, Any]] = {}
+    if all(array.dtype == "bool" for array in arrays):  # one-hot: there is no scale to find out
+        defaults["policy"] = {"normalize": False}
+    spec = EnvironmentSpec(
+        env=env,
+        observation=arrays,
+        action=actions,
+        slots=slots,
+        step_s=1.0 / fps if fps else 0.0,
+        max_episode_steps=limit or NO_LIMIT,
+        goal=() if threshold is None else (f"return_mean>={threshold:.12g}",),
+        parameters=dict(settings),
+        defaults=defaults,
+    )
+    return spec, f"Gymnasium's {env_id}"
+
+
+class GymEnvironment:
+    """E copies of a Gymnasium environment: its own batched implementation where it has one, else one after another.
+
+    Whatever way of resetting the batch has, what comes out is the same-step reset of the contract; an env step that a
+    next-step reset spends on resetting is a row that is not valid.
+    """
+
+    def __init__(self, spec: EnvironmentSpec, settings: Mapping[str, Any]) -> None:
+        self.spec = spec
+        self.place = Place(spec.env)
+        made = make_gym(spec.env, spec.env.partition(":")[2], spec.slots, settings, copies=spec.slots)
+        self._copies = GymCopies(spec.env, made) if isinstance(made, list) else GymBatch(spec.env, made)
+        self._acted = [GymAction(name, leaf) for name, leaf in leaves(self._copies.action_space)]
+        self._length = np.zeros(spec.slots, np.int32)
+        self._return = np.zeros(spec.slots, np.float64)
+
+    def reset(self, seed: tuple[int, ...], out: StepRows) -> None:
+        """Start new episodes in every slot, write their first observation, and seed what follows."""
+        self.place = Place(self.spec.env, seed)
+        self._length[:] = 0
+        self._return[:] = 0.0
+        seeds = [np.random.SeedSequence((*seed, slot)).generate_state(1)[0] for slot in range(self.spec.slots)]
+        self._copies.reset([int(one) >> 1 for one in seeds], out.observation)  # 31 bits: not all take 32
+
+    def step(self, action: Arrays, out: StepRows) -> TimeStep:
+        """Step every slot in one call, write the outcome into ``out``, have what ended reset."""
+        self.place.step += 1
+        self.place.tick += 1
+        final = self._copies.step([acted.to_gym(action[acted.name]) for acted in self._acted], out)
+        np.logical_and(out.truncated, ~out.terminated, out=out.truncated)  # if both, terminated wins
+        self._length += out.valid
+        self._return += out.reward
+        if final is None:
+            return TimeStep()
+        slots = np.flatnonzero(out.terminated | out.truncated)
+        episodes = EpisodeRows(
+            slot=slots.astype(np.int32),
+            episode_return=self._return[slots].astype(np.float32),
+            length=self._length[slots].copy(),
+            metrics={},
+        )
+        self._length[slots] = 0
+        self._return[slots] = 0.0
+        return TimeStep(episodes, final)
+
+    def close(self) -> None:
+        """Close every copy."""
+        self._copies.close()

@@ -1,0 +1,184 @@
+"""Running an environment under known actions and writing down everything that it says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rustyrl.rollout import EpisodeRows, Rollout, RolloutOrigin, Ticket, allocate_rollout
+from rustyrl.spec import ActionSpec, EnvironmentSpec
+from rustyrl_actors.environment import Arrays, Environment, Masks, StepRows, TimeStep, rows_of
+
+__all__ = ["ActionDraws", "Trace", "first_difference", "run_trial", "run_trials"]
+
+
+class ActionDraws:
+    """Random actions that are fixed beforehand, but for what a mask forbids.
+
+    Every seventh step takes the ends of the ranges, where worlds break first.
+    """
+
+    def __init__(self, spec: EnvironmentSpec, steps: int, seed: int) -> None:
+        self._spec = spec
+        rng = np.random.Generator(np.random.Philox(seed))
+        self._random = [rng.random((steps, spec.slots, part.output_width), np.float32) for part in spec.action]
+
+    def replace(self, slot: int, seed: int) -> None:
+        """Draw other actions for one slot."""
+        rng = np.random.Generator(np.random.Philox(seed))
+        for random in self._random:
+            random[:, slot] = rng.random(random[:, slot].shape, np.float32)
+
+    def at(self, t: int, masks: Masks) -> Arrays:
+        """The actions of step t, part to `[E, ...]`."""
+        return {
+            part.name: self._choices(part, random[t], masks.get(part.name))
+            if part.kind == "discrete"
+            else self._numbers(part, random[t], extreme=t % 7 == 6)
+            for part, random in zip(self._spec.action, self._random, strict=True)
+        }
+
+    def _choices(self, part: ActionSpec, random: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[np.int64]:
+        weight = random if mask is None else np.where(mask, random, -1.0)
+        ends = np.cumsum(part.counts)
+        chosen = [weight[:, end - count : end].argmax(1) for count, end in zip(part.counts, ends, strict=True)]
+        return np.stack(chosen, 1).astype(np.int64).reshape(len(random), *part.shape)
+
+    def _numbers(self, part: ActionSpec, random: NDArray[Any], *, extreme: bool) -> NDArray[np.float32]:
+        low, high = np.clip(part.low, -3.0, None), np.clip(part.high, None, 3.0)  # as a policy that knows no bounds
+        low, high = np.minimum(low, part.high), np.maximum(high, part.low)
+        number = np.where(random < 0.5, low, high) if extreme else low + (high - low) * random
+        numbers: NDArray[np.float32] = number.astype(np.float32).reshape(len(random), *part.shape)
+        return numbers
+
+
+@dataclass(slots=True)
+class Trace:
+    """What T steps of an environment said, as a rollout, and what its rows held right after each step.
+
+    stale: fields that changed after the step that wrote them, as (field, t)
+    ends: (t, episodes, final observations) of the steps in which episodes ended
+    """
+
+    rollout: Rollout
+    ends: list[tuple[int, TimeStep]] = field(default_factory=list)
+    stale: list[tuple[str, int]] = field(default_factory=list)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Everything by name, time first."""
+        rollout = self.rollout
+        return {
+            **{f"observation {name!r}": array for name, array in rollout.observation.items()},
+            **{f"action_mask {name!r}": array for name, array in rollout.action_mask.items()},
+            "reward": rollout.reward,
+            "terminated": rollout.terminated,
+            "truncated": rollout.truncated,
+            "valid": rollout.valid,
+        }
+
+    def episodes(self) -> list[EpisodeRows]:
+        """The episodes that ended, step by step."""
+        return [step.episodes for _, step in self.ends if step.episodes is not None]
+
+
+def run_trial(
+    environment: Environment, seed: tuple[int, ...], draws: ActionDraws, steps: int, poison: int = 0xCB
+) -> Trace:
+    """Reset an environment and step it, into rows that were filled with ``poison`` before."""
+    return run_trials([environment], [seed], [draws], steps, poison)[0]
+
+
+def run_trials(
+    environments: Sequence[Environment],
+    seeds: Sequence[tuple[int, ...]],
+    draws: Sequence[ActionDraws],
+    steps: int,
+    poison: int = 0xCB,
+) -> list[Trace]:
+    """The same for several environments in one process, stepped in turns."""
+    traces = [_allocate(environment.spec, steps, poison) for environment in environments]
+    rows = [rows_of(trace.rollout, slice(0, trace.rollout.slots)) for trace in traces]
+    kept: list[list[dict[str, NDArray[Any]]]] = [[] for _ in traces]
+    for environment, seed, trace in zip(environments, seeds, traces, strict=True):
+        environment.reset(seed, _first_rows(trace.rollout))
+    started = [{name: array[0].copy() for name, array in _seen(trace)} for trace in traces]
+    for t in range(steps):
+        for index, environment in enumerate(environments):
+            trace = traces[index]
+            masks = {name: array[t] for name, array in trace.rollout.action_mask.items()}
+            step = environment.step(draws[index].at(t, masks), rows[index][t])
+            if step.episodes is not None:
+                trace.ends.append((t, step))
+            kept[index].append({name: _written(name, array, t).copy() for name, array in trace.arrays().items()})
+    for trace, start in zip(traces, started, strict=True):
+        trace.stale += [(name, 0) for name, array in _seen(trace) if not _same(start[name], array[0]).all()]
+    for trace, snapshots in zip(traces, kept, strict=True):
+        for t, snapshot in enumerate(snapshots):
+            for name, array in trace.arrays().items():
+                if not _same(snapshot[name], _written(name, array, t)).all():
+                    trace.stale.append((name, t))
+    return traces
+
+
+def first_difference(one: Trace, other: Trace, slots: Sequence[int] | None = None) -> str:
+    """Where two traces differ first, in words; empty if they agree in all bits of what means something."""
+    count = one.rollout.slots
+    chosen = np.arange(count) if slots is None else np.array(slots, np.intp)
+    found: list[tuple[int, str]] = []
+    valid = one.rollout.valid & other.rollout.valid
+    for name, array in one.arrays().items():
+        same: NDArray[np.bool_] = np.all(_same(array, other.arrays()[name]).reshape(len(array), count, -1), axis=2)
+        if name.startswith(("observation", "action_mask")):
+            same[:-1] |= ~valid  # what stands where there was no agent means nothing
+        for t, slot in np.argwhere(~same[:, chosen])[:1]:
+            at = int(chosen[slot])
+            a, b = array[t, at], other.arrays()[name][t, at]
+            found.append((int(t), f"{name} of slot {at} at step {t}: {_text(a)} against {_text(b)}"))
+    return min(found, default=(0, ""))[1]
+
+
+def _allocate(spec: EnvironmentSpec, steps: int, poison: int) -> Trace:
+    origin = RolloutOrigin(spec.fingerprint, "check", Ticket(0, 0, (0,)), 0, 0, 0)
+    rollout = allocate_rollout(spec, steps, spec.slots, origin)
+    assert rollout.storage is not None  # noqa: S101 - allocate_rollout makes one block
+    rollout.storage[:] = poison
+    return Trace(rollout)
+
+
+def _first_rows(rollout: Rollout) -> StepRows:
+    """The rows that a reset writes; what it is not to write is row 0 of the first step."""
+    return StepRows(
+        observation={name: array[0] for name, array in rollout.observation.items()},
+        action_mask={name: array[0] for name, array in rollout.action_mask.items()},
+        reward=rollout.reward[0],
+        terminated=rollout.terminated[0],
+        truncated=rollout.truncated[0],
+        valid=rollout.valid[0],
+    )
+
+
+def _seen(trace: Trace) -> list[tuple[str, NDArray[Any]]]:
+    """Observations and masks, which a reset writes too."""
+    return [(name, array) for name, array in trace.arrays().items() if name.startswith(("observation", "action_mask"))]
+
+
+def _written(name: str, array: NDArray[Any], t: int) -> NDArray[Any]:
+    """What step t wrote into a field."""
+    row: NDArray[Any] = array[t + 1] if name.startswith(("observation", "action_mask")) else array[t]
+    return row
+
+
+def _same(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.bool_]:
+    """Equal, numbers that are not finite included."""
+    equal: NDArray[np.bool_] = one == other
+    if one.dtype.kind == "f":
+        equal |= np.isnan(one) & np.isnan(other)
+    return equal
+
+
+def _text(value: NDArray[Any]) -> str:
+    return np.array2string(np.asarray(value), precision=6, threshold=6)
