@@ -151,10 +151,34 @@ def status(run: RunOption = None, json: Json = False) -> None:
         f"{learner_figures.get('trained_sps', 0):,.0f} trained SPS, tickets {tickets}",
         highlight=False,
     )
-    table = Table("actor", "pid", "host", "worlds", "SPS", "version", "rollouts")
+    table = Table("actor", "pid", "host", "worlds", "SPS", "version", "rollouts", "restarts")
     for row in answer["actors"]:
-        table.add_row(*(str(row[key]) for key in ("index", "pid", "host", "worlds", "sps", "version", "rollouts")))
+        table.add_row(
+            *(str(row[key]) for key in ("index", "pid", "host", "worlds", "sps", "version", "rollouts", "restarts"))
+        )
     console.print(table)
+
+
+@app.command(
+    epilog="Examples:\n\n  rustyrl scale 8\n\n  rustyrl scale +2\n\n  rustyrl scale -1 --now",
+    context_settings={"ignore_unknown_options": True},  # or -1 would be one
+)
+def scale(
+    actors: Annotated[str, typer.Argument(metavar="N", help="How many actors, or a change: +2, -1.")],
+    now: Annotated[bool, typer.Option("--now", help="Those that leave do not finish their tickets.")] = False,
+    run: RunOption = None,
+    json: Json = False,
+) -> None:
+    """Change the number of actors of a running cluster."""
+    answer = _ask(run, {"kind": "scale", "actors": actors, "now": now})
+    if "error" in answer:
+        raise UsageError(answer["error"])
+    if json:
+        _print_json(answer)
+        return
+    typer.echo(f"from {answer['before']} to {answer['actors']} actors for {answer['worlds']} worlds")
+    if answer["note"]:
+        typer.echo(f"note: {answer['note']}")
 
 
 @app.command()

@@ -125,6 +125,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     )
     expect: Annotated[int, _help("actors that batch 0 waits for; -1 those that are started, at least 1", ge=-1)] = -1
     start_deadline_s: Annotated[float, _help("how long batch 0 waits for them", gt=0)] = 60.0
+    restarts: Annotated[int, _help("an actor that dies more often within restart_window_s ends the run", ge=0)] = 5
+    restart_window_s: Annotated[float, _help("see restarts", gt=0)] = 60.0
     lease_s: Annotated[float, _help("an actor that is silent for so long is lost", gt=0)] = 60.0
     stop_s: Annotated[float, _help("grace before what still runs is killed", gt=0)] = 5.0
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from rustyrl.channels import ControlServer, loopback_address
 from rustyrl.config import Config
-from rustyrl.errors import ContractError, RunFailedError, UsageError
+from rustyrl.errors import RunFailedError, UsageError
 from rustyrl.goal import goal_conditions
 from rustyrl.interrupts import Interrupts
 from rustyrl.judge import Candidate, Judge
@@ -21,10 +21,12 @@ from rustyrl.processes import Child, available_cores, await_end, start_child
 from rustyrl.progress import Progress, View
 from rustyrl.run_folder import ClusterFile, RunFolder, read_best
 from rustyrl.spec import EnvironmentSpec
+from rustyrl.supervisor import Death, Supervisor
 
 __all__ = ["Launcher", "default_actors"]
 
 TURN_S = 0.1  # the longest wait of the loop: signals and limits are looked at so often
+MAX_ACTORS = 4096
 ALONE_S = 10.0  # how long a learner whose actors have all ended well may take to say why
 # How the grace of a stop, cluster.stop_s, is shared out; the rest is for killing.
 UPDATE_SHARE, GOODBYE_SHARE, TERMINATE_SHARE = 0.7, 0.1, 0.1
@@ -61,7 +63,13 @@ class Launcher:
         self._learner_peer: bytes | None = None
         self._report: dict[str, Any] = {}
         self._learner_done = False
-        self._actors: list[Child] = []
+        self._supervisor = Supervisor(
+            self._start_actor,
+            folder.path / "logs" / "crashes",
+            config.cluster.restarts,
+            config.cluster.restart_window_s,
+        )
+        self._dead: list[int] = []  # process ids
         self._actors_wanted = default_actors() if config.cluster.actors < 0 else config.cluster.actors
         self._link = ""
         self._stop_asked = 0
@@ -93,7 +101,8 @@ class Launcher:
         return summary
 
     def _children(self) -> list[Child]:
-        return self._actors if self._learner is None else [self._learner, *self._actors]
+        actors = self._supervisor.children
+        return actors if self._learner is None else [self._learner, *actors]
 
     # Starting
 
@@ -138,10 +147,43 @@ class Launcher:
 
     def _start_actors(self, link: str) -> None:
         self._link = link
-        for index in range(self._actors_wanted):
-            log = self._folder.path / "logs" / f"actor-{index}.log"
-            arguments = ["rustyrl_actors", "run", "--join", link, "--index", str(index)]
-            self._actors.append(start_child(f"actor {index}", arguments, log, actor=True))
+        self._supervisor.scale(self._actors_wanted, lambda _: None)
+
+    def _start_actor(self, index: int) -> Child:
+        log = self._folder.path / "logs" / f"actor-{index}.log"
+        arguments = ["rustyrl_actors", "run", "--join", self._link, "--index", str(index)]
+        return start_child(f"actor {index}", arguments, log, actor=True)
+
+    def _scale(self, control: ControlServer, asked: str, *, now: bool) -> dict[str, Any]:
+        """Have another number of actors; the answer says how many there will be, and what else is worth knowing."""
+        if self._state != "running":
+            return {"error": f"the run is {self._state}; it can be scaled while it is running"}
+        try:
+            wanted = int(asked) + (self._supervisor.wanted if asked[:1] in ("+", "-") else 0)
+        except ValueError:
+            return {"error": f"scale takes a number of actors, or a change like +2 or -1, got {asked!r}"}
+        if not 0 <= wanted <= MAX_ACTORS:
+            return {"error": f"{wanted} actors cannot be had; expected 0 to {MAX_ACTORS}"}
+        before = self._supervisor.wanted
+
+        def retire(child: Child) -> None:
+            known = any(actor["pid"] == child.pid and actor["ready"] for actor in self._report.get("actors", []))
+            if now or not known:
+                child.signal(signal.SIGTERM)
+            else:
+                self._order(control, {"kind": "retire", "pid": child.pid})
+
+        self._supervisor.scale(wanted, retire)
+        self._actors_wanted = wanted
+        worlds = self._config.batch.worlds
+        note = ""
+        if wanted > worlds:
+            note = f"{wanted - worlds} of {wanted} actors will idle: the run has {worlds} worlds; a run with "
+            note += f"--set batch.worlds={wanted} feeds them all"
+        elif not wanted:
+            note = "no actor of this machine is left; training waits for actors that join by hand, or for scale N"
+        self._progress.say(f"scaled from {before} to {wanted} actors{': ' + note if note else ''}")
+        return {"before": before, "actors": wanted, "worlds": worlds, "note": note}
 
     # Running
 
@@ -164,9 +206,9 @@ class Launcher:
                 self._link = str(message["address"])
                 self._state = "running"
                 self._write_cluster(control, "running")
-                for child in (actor for actor in self._actors if actor.ended_seen):  # while it could not hear of it
-                    self._order(control, {"kind": "actor_died", "pid": child.pid})
-                if not self._actors and self._stop_reason is None:
+                for pid in self._dead:  # while it could not hear of it
+                    self._order(control, {"kind": "actor_died", "pid": pid})
+                if not self._supervisor.berths and self._stop_reason is None:
                     self._start_actors(self._link)
                 if not self._actors_wanted:
                     self._progress.say(f"listening on {self._link}: rustyrl actor --join {self._link}")
@@ -182,24 +224,31 @@ class Launcher:
             case "failed":
                 self._report = {**self._report, **message.get("figures", {})}
                 self._fail_learner(message)
+            case _:
+                control.send(peer, self._answer(control, message))
+
+    def _answer(self, control: ControlServer, request: dict[str, Any]) -> dict[str, Any]:
+        """What a verb is answered."""
+        match request.get("kind"):
             case "status":
-                control.send(peer, self._status())
+                return self._status()
+            case "scale":
+                return self._scale(control, str(request.get("actors")), now=bool(request.get("now")))
             case "stop":
                 self._stop_asked += 1
                 self._request_stop(control, "stop")
-                control.send(peer, {"stopping": True, "run": str(self._folder.path)})
+                return {"stopping": True, "run": str(self._folder.path)}
             case other:
-                control.send(peer, {"error": f"unknown request {other!r}"})
+                return {"error": f"unknown request {other!r}"}
 
     def _watch(self, control: ControlServer) -> None:
         """Notice children that ended by themselves."""
-        for child in self._actors:
-            if child.running or child.ended_seen:
-                continue
-            child.ended_seen = True
-            self._order(control, {"kind": "actor_died", "pid": child.pid})
-            if child.process.returncode and self._stop_reason is None:
-                self._progress.say(f"{child.name} ended with code {child.process.returncode}:\n{child.tail()}")
+        going_on = self._failure is None and self._stop_reason is None and not self._learner_done
+        for death in self._supervisor.turn(replace=going_on):
+            self._dead.append(death.pid)
+            self._order(control, {"kind": "actor_died", "pid": death.pid})
+            if death.code and not death.expected and self._stop_reason is None:
+                self._mourn(death)
         learner = self._learner
         if learner is not None and not learner.running and not learner.ended_seen:
             for peer, message in list(control.receive(0, [])):  # what it said last
@@ -213,19 +262,33 @@ class Launcher:
         if self._failure is None and self._stop_reason is None and not self._learner_done:
             self._check_actors_left()
 
+    def _mourn(self, death: Death) -> None:
+        """Say what an actor died of, and end the run if it keeps dying."""
+        cause = f"actor {death.index} (process {death.pid}) ended with code {death.code}:\n{death.tail}"
+        if death.loop:
+            config = self._config.cluster
+            self._failure = RunFailedError(
+                f"actor {death.index} died {config.restarts + 1} times within {config.restart_window_s:.0f} s; at "
+                f"last, {cause}"
+            )
+        elif death.restart_in_s is not None:
+            self._progress.say(f"{cause}\na new one starts in {death.restart_in_s:.2g} s; see {death.record}")
+        else:
+            self._progress.say(cause)
+
     def _check_actors_left(self) -> None:
-        """Fail when every actor has died and nobody joined by hand."""
-        if not self._actors or len(self._actors) < self._actors_wanted or any(c.running for c in self._actors):
+        """Fail when every actor has ended for good, and nobody joined by hand."""
+        supervisor = self._supervisor
+        if not supervisor.wanted or len(supervisor.berths) < self._actors_wanted or supervisor.any_running:
+            self._alone_since = None
             return
-        ours = {child.pid for child in self._actors}
+        ours = {child.pid for child in supervisor.children}
         if any(actor["ready"] and actor["pid"] not in ours for actor in self._report.get("actors", [])):
             return
         self._alone_since = self._alone_since or time.monotonic()
-        explained = (0, ContractError.exit_code)
-        died = [child for child in self._actors if child.process.returncode not in explained]
-        if not died and time.monotonic() - self._alone_since < ALONE_S:
+        if time.monotonic() - self._alone_since < ALONE_S:
             return  # those sent home ended with 0, a world that broke its contract was reported: the learner says why
-        last = died[-1] if died else self._actors[-1]
+        last = supervisor.children[-1]
         code, tail = last.process.returncode, last.tail()
         self._failure = RunFailedError(f"no actor is left; {last.name} ended with code {code}:\n{tail}")
 
@@ -357,7 +420,7 @@ class Launcher:
     # Describing
 
     def _status(self) -> dict[str, Any]:
-        pids = {child.pid: child.running for child in self._actors}
+        berths = {berth.child.pid: berth for berth in self._supervisor.berths if berth.child is not None}
         learner = {k: v for k, v in self._report.items() if k not in ("kind", "actors", "tickets")}
         return {
             "run": str(self._folder.path),
@@ -365,9 +428,18 @@ class Launcher:
             "state": self._state,
             "seconds": round(time.monotonic() - self._started, 3),
             "learner": learner,
-            "actors": [{**actor, "started": actor["pid"] in pids} for actor in self._report.get("actors", [])],
-            "actors_started": len(self._actors),
-            "actors_alive": sum(pids.values()),
+            "actors": [
+                {
+                    **actor,
+                    "started": actor["pid"] in berths,
+                    "leaving": actor["pid"] in berths and berths[actor["pid"]].leaving,
+                    "restarts": berths[actor["pid"]].restarts if actor["pid"] in berths else 0,
+                }
+                for actor in self._report.get("actors", [])
+            ],
+            "actors_started": len(self._supervisor.berths),
+            "actors_alive": sum(berth.running for berth in self._supervisor.berths),
+            "actors_wanted": self._actors_wanted,
             "tickets": self._report.get("tickets", {}),
             "eval": self._judge.evaluation,
             "goal": [str(condition) for condition in self._judge.goal],

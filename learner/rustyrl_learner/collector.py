@@ -128,6 +128,11 @@ class Collector:
         self._orders.append(("death", pid))
         self._receiver.wake()
 
+    def retire(self, pid: int) -> None:
+        """Send an actor of this machine home once it has answered what it owes."""
+        self._orders.append(("retire", pid))
+        self._receiver.wake()
+
     def snapshot(self) -> dict[str, Any]:
         """Members and books, as of the last turn of the receive thread."""
         return self._snapshot
@@ -151,6 +156,7 @@ class Collector:
                 self._follow_orders()
                 self._expire_leases()
                 self._check_start(deadline)
+                self._send_home()
                 self._issue_tickets()
                 self._snapshot = self._describe()
             self._follow_orders()
@@ -289,6 +295,10 @@ class Collector:
             if order == "death":
                 self._bury(what)
                 continue
+            if order == "retire":
+                for peer in self._peers_of(what):
+                    self._book.retire(peer)
+                continue
             buffer, version, weights, rejected = what
             self._book.finish(buffer.number, rejected)
             self._free.append(buffer)
@@ -303,11 +313,21 @@ class Collector:
         if name in self._dead:
             return
         self._dead.add(name)
-        peers = [peer for peer, actor in self._actors.items() if (actor.hello.host, actor.hello.pid) == name]
-        for peer in peers:
+        for peer in self._peers_of(pid):
             self._lose(peer, "its process ended")
         if not self._started:  # it was one of those that batch 0 waits for
             self._expect = max(1, self._expect - 1)
+
+    def _peers_of(self, pid: int) -> list[bytes]:
+        """The peers that are this process of this machine."""
+        name = (socket.gethostname(), pid)
+        return [peer for peer, actor in self._actors.items() if (actor.hello.host, actor.hello.pid) == name]
+
+    def _send_home(self) -> None:
+        """Let leavers go that have answered everything."""
+        for peer in self._book.retired():
+            self._receiver.send(peer, Goodbye())
+            self._lose(peer, "it was sent home")
 
     def _issue_tickets(self) -> None:
         if not self._started:

@@ -253,6 +253,8 @@ class Learner:
                     self.request_stop(str(order.get("reason", "stop")))
                 case "actor_died":
                     self._collector.report_death(int(order["pid"]))
+                case "retire":
+                    self._collector.retire(int(order["pid"]))
                 case "evaluated":
                     self._candidates.remove(int(order["version"]))
                     self._best = order.get("best")

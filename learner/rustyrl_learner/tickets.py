@@ -17,10 +17,11 @@ MAX_REISSUES = 2
 
 @dataclass(slots=True)
 class Member:
-    """An actor that is ready for tickets, with what it is to answer."""
+    """An actor that is ready for tickets, with what it is to answer; a leaver finishes that and gets no more."""
 
     peer: bytes
     index: int
+    leaving: bool = False
     worlds: list[int] = field(default_factory=list)
     outstanding: list[Ticket] = field(default_factory=list)
 
@@ -84,6 +85,20 @@ class TicketBook:
         self._members[peer] = Member(peer, index)
         self._unbalanced = True
 
+    def retire(self, peer: bytes) -> None:
+        """Have an actor finish its tickets and get no more; its worlds move with the next batch that is opened.
+
+        The last one that is left keeps its worlds until it leaves.
+        """
+        member = self._members.get(peer)
+        if member is not None:
+            member.leaving = True
+            self._unbalanced = True
+
+    def retired(self) -> list[bytes]:
+        """The leavers that have answered everything, to be sent home and counted out."""
+        return [m.peer for m in self._members.values() if m.leaving and not m.outstanding]
+
     def leave(self, peer: bytes) -> None:
         """Count an actor out: its tickets are lost and its worlds move at once."""
         member = self._members.pop(peer, None)
@@ -97,9 +112,9 @@ class TicketBook:
 
     def due(self, newest_version: int) -> list[tuple[bytes, Ticket]]:
         """The tickets to send now that this version exists, oldest batch first."""
-        if not self._members:
+        if not self._staying():
             return []
-        if not any(member.worlds for member in self._members.values()):
+        if not any(member.worlds for member in self._members.values() if not member.leaving):
             self._balance()  # at the start, and after everyone had left: open batches must not wait for an edge
         while self._next - self._lag <= max(newest_version, self._first):
             if self._unbalanced:
@@ -109,7 +124,7 @@ class TicketBook:
             self._next += 1
         orders: list[tuple[bytes, Ticket]] = []
         for number, batch in sorted(self._open.items()):
-            for member in self.members if batch.missing else []:
+            for member in self._staying() if batch.missing else []:
                 if worlds := tuple(sorted(batch.missing.intersection(member.worlds))):
                     ticket = Ticket(number, batch.policy_version, worlds)
                     batch.missing.difference_update(worlds)
@@ -155,9 +170,17 @@ class TicketBook:
         else:
             self._rejected[rejected] += answers
 
+    def _staying(self) -> list[Member]:
+        return [member for member in self.members if not member.leaving]
+
     def _balance(self) -> None:
-        members = self.members
-        before = {world: member.index for member in members for world in member.worlds}
+        members = self._staying()
+        if not members:
+            return
+        before = {world: member.index for member in self.members for world in member.worlds}
+        for leaver in self.members:
+            if leaver.leaving:
+                leaver.worlds = []
         begun = self._next > self._first  # the first assignment moves nothing
         assignment = assign_worlds(self._worlds, {member.index: member.worlds for member in members})
         for member in members:
