@@ -27,7 +27,7 @@ from rustyrl.train import launch, resume_config
 
 __all__ = ["main"]
 
-ANSWER_S = 5.0
+ANSWER_S = 15.0  # a checkpoint is written between two updates
 STOP_S = 15.0
 EXIT_CODES = {"interrupt": 130, "terminate": 143}
 
@@ -179,6 +179,26 @@ def scale(
     typer.echo(f"from {answer['before']} to {answer['actors']} actors for {answer['worlds']} worlds")
     if answer["note"]:
         typer.echo(f"note: {answer['note']}")
+
+
+@app.command()
+def pause(run: RunOption = None, json: Json = False) -> None:
+    """Hold the training of a running cluster; actors wait."""
+    _tell(run, "pause", json=json)
+
+
+@app.command()
+def unpause(run: RunOption = None, json: Json = False) -> None:
+    """Go on after a pause."""
+    _tell(run, "unpause", json=json)
+
+
+@app.command()
+def checkpoint(run: RunOption = None, json: Json = False) -> None:
+    """Write a checkpoint of a running cluster now."""
+    answer = _tell(run, "checkpoint", json=json)
+    if not json:
+        typer.echo(f"version {answer['version']}: {answer['checkpoint']}")
 
 
 @app.command()
@@ -387,6 +407,18 @@ def _run_section(
 def _flags(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What was given, without what was not."""
     return {name: {k: v for k, v in values.items() if v is not None} for name, values in sections.items()}
+
+
+def _tell(run: Path | None, kind: str, *, json: bool) -> dict[str, Any]:
+    """Give a running cluster an order that it answers; refused ones are bad use."""
+    answer = _ask(run, {"kind": kind})
+    if "error" in answer:
+        raise UsageError(answer["error"])
+    if json:
+        _print_json(answer)
+    elif "state" in answer:
+        typer.echo(f"{answer['run']} is {answer['state']}")
+    return answer
 
 
 def _env_only(verb: str, assignments: list[str] | None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ __all__ = ["Launcher", "default_actors"]
 
 TURN_S = 0.1  # the longest wait of the loop: signals and limits are looked at so often
 MAX_ACTORS = 4096
+RUNNING = ("running", "paused")
 ALONE_S = 10.0  # how long a learner whose actors have all ended well may take to say why
 # How the grace of a stop, cluster.stop_s, is shared out; the rest is for killing.
 UPDATE_SHARE, GOODBYE_SHARE, TERMINATE_SHARE = 0.7, 0.1, 0.1
@@ -73,6 +74,7 @@ class Launcher:
         self._actors_wanted = default_actors() if config.cluster.actors < 0 else config.cluster.actors
         self._link = ""
         self._stop_asked = 0
+        self._awaiting_checkpoint: list[bytes] = []  # who asked for one
         self._alone_since: float | None = None
         self._started_at = time.time()
 
@@ -156,8 +158,6 @@ class Launcher:
 
     def _scale(self, control: ControlServer, asked: str, *, now: bool) -> dict[str, Any]:
         """Have another number of actors; the answer says how many there will be, and what else is worth knowing."""
-        if self._state != "running":
-            return {"error": f"the run is {self._state}; it can be scaled while it is running"}
         try:
             wanted = int(asked) + (self._supervisor.wanted if asked[:1] in ("+", "-") else 0)
         except ValueError:
@@ -216,24 +216,42 @@ class Launcher:
                 self._report = message
             case "candidate":
                 self._judge.add(Candidate(message["version"], Path(message["policy"])))
-            case "done":
-                self._report = {**self._report, **message["figures"]}
-                self._learner_done = True
-                self._kill_at = self._kill_at or time.monotonic() + self._config.cluster.stop_s * UPDATE_SHARE
-                self._stop_reason = self._stop_reason or message["reason"]
-            case "failed":
-                self._report = {**self._report, **message.get("figures", {})}
-                self._fail_learner(message)
+            case "checkpointed":
+                for asker in self._awaiting_checkpoint:
+                    control.send(asker, {"version": message["version"], "checkpoint": message["path"]})
+                self._awaiting_checkpoint.clear()
+            case "done" | "failed":
+                self._hear_last(message)
+            case "checkpoint" if self._state in RUNNING:  # answered once it is written
+                self._awaiting_checkpoint.append(peer)
+                self._order(control, {"kind": "checkpoint"})
             case _:
                 control.send(peer, self._answer(control, message))
+
+    def _hear_last(self, message: dict[str, Any]) -> None:
+        """What the learner says of how its training ended."""
+        self._report = {**self._report, **message.get("figures", {})}
+        if message["kind"] == "failed":
+            self._fail_learner(message)
+            return
+        self._learner_done = True
+        self._kill_at = self._kill_at or time.monotonic() + self._config.cluster.stop_s * UPDATE_SHARE
+        self._stop_reason = self._stop_reason or message["reason"]
 
     def _answer(self, control: ControlServer, request: dict[str, Any]) -> dict[str, Any]:
         """What a verb is answered."""
         match request.get("kind"):
             case "status":
                 return self._status()
+            case "pause" | "unpause" | "checkpoint" | "scale" if self._state not in RUNNING:
+                return {"error": f"the run is {self._state}; it takes that while it is running"}
             case "scale":
                 return self._scale(control, str(request.get("actors")), now=bool(request.get("now")))
+            case "pause" | "unpause" as kind:
+                self._state = "paused" if kind == "pause" else "running"
+                self._order(control, {"kind": "pause", "paused": kind == "pause"})
+                self._write_cluster(control, self._state)
+                return {"state": self._state, "run": str(self._folder.path)}
             case "stop":
                 self._stop_asked += 1
                 self._request_stop(control, "stop")

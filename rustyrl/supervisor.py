@@ -111,7 +111,8 @@ class Supervisor:
                 berth.restart_at = None
                 berth.restarts += 1
                 berth.child = self._start(berth.index)
-        for berth in [berth for berth in self.berths if berth.leaving and not berth.running]:
+        gone = [b for b in self.berths if b.leaving and (b.child is None or b.child.ended_seen)]  # and was reported
+        for berth in gone:
             if berth.child is not None:
                 berth.child.close()
             self.berths.remove(berth)
@@ -140,7 +141,8 @@ class Supervisor:
     def _write_crash(self, berth: Berth, child: Child, code: int, tail: str) -> Path:
         """Keep what is known of a death: the log of an actor goes on with its successor."""
         self._crashes.mkdir(parents=True, exist_ok=True)
-        how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"code {code}"
+        names = {number.value: number.name for number in signal.Signals}  # real-time signals have none
+        how = f"signal {-code} ({names.get(-code, 'unnamed')})" if code < 0 else f"code {code}"
         path = self._crashes / f"actor-{berth.index}-{time.strftime('%Y%m%d-%H%M%S')}-{child.pid}.txt"
         path.write_text(f"actor {berth.index}, process {child.pid}, ended with {how}\n\n{tail}\n", encoding="utf-8")
         return path

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from clusters import poll
 
 from rustyrl import configure
@@ -17,6 +17,7 @@ from rustyrl.rollout import RolloutOrigin, allocate_rollout
 from rustyrl.weights import PolicySpec, encode_weights
 from rustyrl.wire import (
     Fault,
+    Goodbye,
     Hello,
     Lease,
     Ready,
@@ -37,14 +38,16 @@ LAYERS = {
     "cluster": {"lease_s": 0.5},
 }
 CONFIG, SPEC = configure(LAYERS)
+POLICY = PolicySpec(SPEC.observation, SPEC.action, (4,), "tanh", normalize=False)
+WEIGHTS = encode_weights(export_weights(ActorCritic(POLICY, shared=False, initial_log_std=0.0), None))
 
 
 class Peer:
     """An actor whose every message the test writes."""
 
-    def __init__(self, address: str, index: int, pid: int) -> None:
+    def __init__(self, address: str, index: int, pid: int, host: str = "elsewhere") -> None:
         self.link = RolloutSender(address)
-        self.link.send(Hello(index, 100 + index, pid, "elsewhere"))
+        self.link.send(Hello(index, 100 + index, pid, host))
         self.welcome = self.next(Welcome)
         self.index = index
 
@@ -88,11 +91,8 @@ class Peer:
 
 @pytest.fixture
 def collector(tmp_path) -> Iterator[tuple[Collector, RolloutReceiver]]:
-    torch.manual_seed(0)
-    policy = PolicySpec(SPEC.observation, SPEC.action, (4,), "tanh", normalize=False)
-    weights = encode_weights(export_weights(ActorCritic(policy, shared=False, initial_log_std=0.0), None))
     receiver = RolloutReceiver(f"ipc://{tmp_path}/link")
-    collector = Collector(receiver, SPEC, CONFIG, 0, 1, 0, weights, pin=False)
+    collector = Collector(receiver, SPEC, CONFIG, 0, 1, 0, WEIGHTS, pin=False)
     collector.start()
     yield collector, receiver
     tickets = collector.close()["tickets"]
@@ -195,6 +195,45 @@ def test_an_idle_actor_that_says_so_is_kept(collector):
         assert [actor["index"] for actor in thread.snapshot()["actors"]] == [0]
 
 
+def test_a_leaver_answers_what_it_owes_is_sent_home_and_loses_nothing(collector):
+    thread, receiver = collector
+    peer = Peer(receiver.address, 0, 1, socket.gethostname())
+    namesake = Peer(receiver.address, 1, 1)  # the same process id on another machine is somebody else
+    with peer.link, namesake.link:
+        peer.ready()
+        ticket = peer.ticket()
+        namesake.ready()
+        poll(lambda: [a["index"] for a in thread.snapshot()["actors"] if a["ready"]] == [0, 1], "both")
+        thread.retire(1)
+        thread.retire(2)  # which nobody is
+        peer.answer(ticket)
+        assert peer.next(Goodbye)
+        buffer = thread.next_batch(10.0)
+        assert buffer is not None
+        thread.publish(buffer, 1, WEIGHTS)
+        assert namesake.ticket().worlds == (0, 1)
+        poll(lambda: [actor["index"] for actor in thread.snapshot()["actors"]] == [1], "one to be gone")
+        books = {"issued": 2, "trained": 1, "rejected": {}, "lost": 0, "outstanding": 1}
+        poll(lambda: tickets(thread) == books, "the books")
+
+
+def test_a_leaver_whose_answer_is_refused_is_sent_home_and_another_asked(collector):
+    thread, receiver = collector
+    peer, other = Peer(receiver.address, 0, 1, socket.gethostname()), Peer(receiver.address, 1, 2)
+    with peer.link, other.link:
+        peer.ready()
+        ticket = peer.ticket()
+        other.ready()
+        poll(lambda: [a["index"] for a in thread.snapshot()["actors"] if a["ready"]] == [0, 1], "both")
+        thread.retire(1)
+        peer.answer(ticket, broken=True)
+        assert peer.next(Goodbye)
+        other.answer(other.ticket())
+        assert thread.next_batch(10.0) is not None
+        books = {"issued": 2, "trained": 0, "rejected": {"malformed": 1}, "lost": 0, "outstanding": 1}
+        poll(lambda: tickets(thread) == books, "the books")
+
+
 def test_a_fault_of_the_world_ends_the_run_with_its_text(collector):
     thread, receiver = collector
     peer = Peer(receiver.address, 0, 1)
@@ -243,9 +282,7 @@ def test_another_wire_version_is_refused_with_what_to_do(collector):
 
 def test_a_death_before_hello_does_not_keep_the_first_batch_waiting(tmp_path):
     receiver = RolloutReceiver(f"ipc://{tmp_path}/link")
-    policy = PolicySpec(SPEC.observation, SPEC.action, (4,), "tanh", normalize=False)
-    weights = encode_weights(export_weights(ActorCritic(policy, shared=False, initial_log_std=0.0), None))
-    thread = Collector(receiver, SPEC, CONFIG, 0, 2, 0, weights, pin=False)
+    thread = Collector(receiver, SPEC, CONFIG, 0, 2, 0, WEIGHTS, pin=False)
     thread.start()
     peer = Peer(receiver.address, 0, 1)
     with peer.link:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 
 import pytest
-from clusters import SMALL, poll, rustyrl
+from clusters import SMALL, poll
 
 ENDLESS = ("train", "cartpole", "--actors", "2", "--total-steps", "1000000000", *SMALL)
 GRACE_S = 5.0
@@ -65,26 +64,6 @@ def test_nothing_survives_a_killed_launcher(start):
     again = start("train", "--resume", "--set", "run.eval_episodes=5", "--total-steps", "1", run=cluster.run)
     code, _, err = again.wait()  # the folder is free again, its stale sockets are no obstacle
     assert code == 0, err
-
-
-def test_a_dead_actor_is_shown_and_the_run_goes_on_with_the_rest(start):
-    cluster = start(*ENDLESS, "--json")
-    cluster.await_version(2)
-    victim = cluster.children("rustyrl_actors")[0]
-    victim.kill()
-    version = cluster.rows()[-1]["policy_version"]
-    cluster.await_version(version + 5)
-    code, status, _ = rustyrl("status", "--run", str(cluster.run), "--json")
-    assert code == 0
-    assert f'"pid":{victim.pid},' not in status
-    cluster.process.send_signal(signal.SIGTERM)
-    _, out, err = cluster.wait()
-    assert "ended with code -9" in err
-    tickets = json.loads(out)["tickets"]
-    assert json.loads(status)["learner"]["worlds_moved"] == 2  # its half of the four
-    rejected = sum(tickets["rejected"].values())
-    assert tickets["issued"] == tickets["trained"] + rejected + tickets["lost"] + tickets["outstanding"]
-    cluster.assert_gone()
 
 
 def test_a_dead_learner_ends_the_run_with_the_cause(start):

@@ -15,7 +15,7 @@ from rustyrl_learner.tickets import MAX_REISSUES, Books, TicketBook, assign_worl
 
 
 class TicketWalk(RuleBasedStateMachine):
-    """Actors come, answer, are refused and vanish in any order, beside a model that counts by hand."""
+    """Actors come, answer, are refused, retire and vanish in any order, beside a model that counts by hand."""
 
     @initialize(worlds=st.integers(1, 6), lag=st.integers(0, 3), first=st.sampled_from([0, 0, 5]))
     def begin(self, worlds: int, lag: int, first: int) -> None:
@@ -23,6 +23,7 @@ class TicketWalk(RuleBasedStateMachine):
         self.book = TicketBook(worlds, lag, first)
         self.newest = first
         self.indices: dict[bytes, int] = {}
+        self.leaving: set[bytes] = set()
         self.out: list[tuple[bytes, Ticket]] = []
         self.placed: dict[int, list[Ticket]] = {}
         self.tried: Counter[tuple[int, int]] = Counter()
@@ -48,11 +49,32 @@ class TicketWalk(RuleBasedStateMachine):
     def lose(self, peer: bytes) -> None:
         self.book.leave(peer)
         del self.indices[peer]
+        self.leaving.discard(peer)
         self.lost += sum(1 for owner, _ in self.out if owner == peer)
         self.out = [(owner, ticket) for owner, ticket in self.out if owner != peer]
 
+    @precondition(lambda self: self.indices)
+    @rule(data=st.data())
+    def retire(self, data: st.DataObject) -> None:
+        peer = data.draw(st.sampled_from(sorted(self.indices)))
+        self.book.retire(peer)
+        self.leaving.add(peer)
+
+    @rule()
+    def retire_a_stranger(self) -> None:
+        self.book.retire(b"nobody")
+
+    @rule()
+    def send_home(self) -> None:
+        """What the collector does before it asks what is due: no ticket is lost by it."""
+        lost = self.lost
+        for peer in self.book.retired():
+            self.lose(peer)
+        assert self.lost == lost
+
     @rule()
     def due(self) -> None:
+        opened = self.seen
         orders = self.book.due(self.newest)
         order = [(ticket.batch, self.indices[peer]) for peer, ticket in orders]
         assert order == sorted(order)
@@ -61,16 +83,19 @@ class TicketWalk(RuleBasedStateMachine):
             assert self.newest <= ticket.batch <= self.newest + self.lag
             assert ticket.worlds == tuple(sorted(set(ticket.worlds)))
             assert self.book.owes(peer, ticket)
+            assert peer not in self.leaving
             self.seen = max(self.seen, ticket.batch)
         self.out += orders
         self.issued += len(orders)
-        if not self.indices:
+        if not self.indices.keys() - self.leaving:
             assert not orders
             return
-        # Nothing waits for a later call: all that may be out is out.
+        kept = {world for member in self.book.members if member.leaving for world in member.worlds}
+        assert not (kept and self.seen > opened)  # a batch that is opened takes the worlds of leavers with it
+        # Nothing waits for a later call: all that may be out is out, but for what a leaver that is about to go owns.
         assert self.seen == self.newest + self.lag
         for batch in range(self.newest, self.newest + self.lag + 1):
-            assert sorted(self.worlds_of(batch)) == list(range(self.worlds))
+            assert set(self.worlds_of(batch)) | kept == set(range(self.worlds))
 
     def worlds_of(self, batch: int) -> list[int]:
         """The worlds of a batch that are out or placed, each as often as it is."""
@@ -145,17 +170,32 @@ class TicketWalk(RuleBasedStateMachine):
         )
         owned = [world for member in members for world in member.worlds]
         assert len(owned) == len(set(owned))
+        assert {member.peer for member in members if member.leaving} == self.leaving
+
+    @invariant()
+    def leavers_go_once_they_owe_nothing(self) -> None:
+        assert set(self.book.retired()) == self.leaving - {peer for peer, _ in self.out}
 
     def teardown(self) -> None:
-        """However it stands, with one actor that answers the run goes on."""
-        if not self.indices:
-            self.join(0)
-        for _ in range(self.lag + 2):
-            self.due()
+        """However it stands, with one actor that stays and answers the run goes on; leavers finish, or they vanish."""
+        if not self.indices.keys() - self.leaving:
+            self.join(6)
+        for turn in range(self.lag + 2):
             while not self.is_complete(self.newest):
-                self.answer(next(order for order in self.out if order[1].batch == self.newest))
+                self.send_home()
+                self.due()
+                waited_for = [order for order in self.out if order[1].batch == self.newest]
+                owed = waited_for or [order for order in self.out if order[0] in self.leaving]
+                assert owed, "nothing is out, and nothing will ever be"
+                if turn == 0 and self.newest % 2 and owed[0][0] in self.leaving:
+                    self.lose(owed[0][0])
+                else:
+                    self.answer(owed[0])
             self.finish(False)
             self.the_books_balance_and_are_right()
+        self.send_home()
+        self.due()
+        assert not self.leaving
 
 
 TicketWalk.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
@@ -234,13 +274,110 @@ def test_the_ticket_of_a_dead_actor_is_lost_and_its_worlds_go_out_at_once() -> N
     assert answer_all(book, [*rest, (b"0", Ticket(1, 0, (2, 3)))]) == [0, 1]
 
 
-def test_a_stranger_that_leaves_changes_nothing() -> None:
+def test_a_stranger_that_leaves_or_retires_changes_nothing() -> None:
     book = book_with(0)
     book.due(0)
     before = book.books()
     book.leave(b"nobody")
+    book.retire(b"nobody")
+    assert book.retired() == []
     assert book.books() == before
     assert owned(book) == {0: [0, 1, 2, 3]}
+
+
+def test_a_leaver_finishes_its_tickets_and_its_worlds_move_with_the_next_batch_that_is_opened() -> None:
+    book = book_with(0, 1, 2, worlds=6, lag=1)
+    orders = book.due(0)
+    book.retire(b"1")
+    assert book.due(0) == []
+    assert owned(book) == {0: [0, 1], 1: [2, 3], 2: [4, 5]}  # what is open stays with who has it
+    assert answer_all(book, [order for order in orders if order[1].batch == 0]) == [0]
+    book.finish(0)
+    assert book.retired() == []
+    assert book.due(1) == [(b"0", Ticket(2, 1, (0, 1, 2))), (b"2", Ticket(2, 1, (3, 4, 5)))]
+    assert book.worlds_moved == 2  # its own; the others keep theirs
+    assert owned(book)[1] == []
+    assert answer_all(book, [order for order in orders if order[1].batch == 1]) == [1]
+    assert book.retired() == [b"1"]
+    book.leave(b"1")
+    assert book.due(1) == []
+    assert book.worlds_moved == 2
+    assert book.books() == Books(issued=8, trained=3, rejected={}, lost=0, outstanding=5)
+
+
+def test_a_leaver_that_owes_nothing_goes_at_once() -> None:
+    book = book_with(0, 1, lag=0)
+    book.retire(b"1")  # before the first ticket
+    assert book.retired() == [b"1"]
+    assert book.due(0) == [(b"0", Ticket(0, 0, (0, 1, 2, 3)))]
+    book.leave(b"1")
+    assert book.due(0) == []
+    assert book.worlds_moved == 0
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_refused_rollout_of_a_leaver_goes_to_who_stays(lag: int) -> None:
+    book = book_with(0, 1, lag=lag)
+    orders = book.due(0)
+    book.retire(b"1")
+    mine = [order for order in orders if order[0] == b"1"]
+    assert book.reject(*mine[0], "shape")
+    assert book.due(0) == []  # no more for the leaver, although it still owns them
+    for order in mine[1:]:
+        book.accept(*order)
+    assert book.retired() == [b"1"]
+    book.leave(b"1")
+    assert book.due(0) == [(b"0", Ticket(0, 0, (2, 3)))]
+    issued = 2 * (lag + 1) + 1
+    assert book.books() == Books(issued, trained=0, rejected={"shape": 1}, lost=0, outstanding=issued - 1)
+
+
+@pytest.mark.parametrize("answered", [True, False], ids=["it has gone", "it still owes"])
+def test_who_comes_after_the_only_actor_retired_gets_every_world(answered: bool) -> None:
+    book = book_with(0, lag=1)
+    orders = book.due(0)
+    book.retire(b"0")
+    book.accept(*orders[0])
+    book.finish(0)
+    assert book.due(1) == []  # there is nobody who could have it
+    if answered:
+        book.accept(*orders[1])
+        assert book.retired() == [b"0"]
+        book.leave(b"0")
+    book.join(b"1", 1)
+    assert book.due(1) == [(b"1", Ticket(2, 1, (0, 1, 2, 3)))]
+    if not answered:
+        book.accept(*orders[1])
+        assert book.retired() == [b"0"]
+        book.leave(b"0")
+        assert owned(book) == {1: [0, 1, 2, 3]}
+    assert book.books() == Books(issued=3, trained=1, rejected={}, lost=0, outstanding=2)
+
+
+def test_everyone_may_retire_and_what_was_refused_waits_for_the_next_to_come() -> None:
+    book = book_with(0, 1, lag=0)
+    first, second = book.due(0)
+    book.retire(b"0")
+    book.retire(b"1")
+    assert book.reject(*first, "shape")
+    assert book.retired() == [b"0"]
+    book.leave(b"0")
+    assert book.due(0) == []
+    book.join(b"2", 2)
+    assert book.due(0) == [(b"2", Ticket(0, 0, (0, 1)))]
+    book.accept(*second)
+    book.leave(b"1")
+    assert book.accept(b"2", Ticket(0, 0, (0, 1)))
+    assert book.books() == Books(issued=3, trained=0, rejected={"shape": 1}, lost=0, outstanding=2)
+
+
+def test_a_leaver_that_vanishes_loses_what_it_owed() -> None:
+    book = book_with(0, 1, lag=0)
+    book.due(0)
+    book.retire(b"1")
+    book.leave(b"1")
+    assert book.due(0) == [(b"0", Ticket(0, 0, (2, 3)))]
+    assert book.books() == Books(issued=3, trained=0, rejected={}, lost=1, outstanding=2)
 
 
 def test_an_actor_that_comes_after_all_have_gone_gets_the_open_batches() -> None:

@@ -34,7 +34,7 @@ def test_doctor_finds_nothing_wrong_here():
 
 
 def test_every_verb_has_help_with_an_example_or_options():
-    for verb in ("train", "learner", "actor", "status", "stop", "runs", "eval", "envs", "doctor"):
+    for verb in ("train", "learner", "actor", "status", "scale", "stop", "runs", "eval", "envs", "doctor"):
         shown = CliRunner().invoke(app, [verb, "--help"])
         assert shown.exit_code == 0
         assert f"{verb} [OPTIONS]" in shown.output

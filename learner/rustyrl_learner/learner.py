@@ -66,6 +66,8 @@ class Learner:
         self._control = control
         self._incarnation = incarnation
         self._stop_reason: str | None = None
+        self._paused = False
+        self._checkpoint_asked = False
         self._stages = Stages()
         self._stages_s: dict[str, float] = {}
         self._window = EpisodeWindow(spec)
@@ -163,7 +165,11 @@ class Learner:
     def _next_batch(self) -> Any:
         while True:
             self._follow_orders()
-            if len(self._candidates) < MAX_CANDIDATES:
+            if self._checkpoint_asked:
+                self._checkpoint_asked = False
+                version = self._counters.policy_version
+                self._control.send({"kind": "checkpointed", "version": version, "path": str(self._save_checkpoint())})
+            if len(self._candidates) < MAX_CANDIDATES and not self._paused:
                 buffer = self._collector.next_batch(WAIT_S)
                 if buffer is not None:
                     return buffer
@@ -253,6 +259,10 @@ class Learner:
                     self.request_stop(str(order.get("reason", "stop")))
                 case "actor_died":
                     self._collector.report_death(int(order["pid"]))
+                case "pause":
+                    self._paused = bool(order["paused"])
+                case "checkpoint":
+                    self._checkpoint_asked = True
                 case "retire":
                     self._collector.retire(int(order["pid"]))
                 case "evaluated":

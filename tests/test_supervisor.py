@@ -1,0 +1,297 @@
+"""Actor processes: as many as are wanted, a new one for each that dies, and none left over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from clusters import poll
+
+from rustyrl import supervisor as module
+from rustyrl.processes import Child
+from rustyrl.supervisor import FIRST_PAUSE_S, LONGEST_PAUSE_S, Death, Supervisor
+
+WAITS = "import sys; sys.stdin.read()"  # until it is killed, or until who started it has gone
+
+
+class Clock:
+    """Stands for the module ``time``: monotonic time passes when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    strftime = staticmethod(time.strftime)
+
+
+class Crew:
+    """A supervisor of real processes that run what the test says."""
+
+    def __init__(self, folder: Path, clock: Clock, restarts: int, window_s: float) -> None:
+        self.clock = clock
+        self.folder = folder
+        self.program = WAITS
+        self.started: list[tuple[int, Child]] = []
+        self.retired: list[Child] = []
+        self.supervisor = Supervisor(self.start, folder / "crashes", restarts, window_s)
+
+    def start(self, index: int) -> Child:
+        log = self.folder / f"actor-{index}.log"
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-S", "-E", "-c", self.program], stdin=subprocess.PIPE, stderr=output
+            )
+        descriptor = os.pidfd_open(process.pid) if sys.platform == "linux" else -1
+        child = Child(f"actor {index}", process, log, descriptor)
+        self.started.append((index, child))
+        return child
+
+    def scale(self, wanted: int) -> None:
+        self.supervisor.scale(wanted, self.retired.append)
+
+    def turn(self, *, replace: bool = True) -> list[Death]:
+        return self.supervisor.turn(replace=replace)
+
+    def await_deaths(self, count: int = 1, *, replace: bool = True) -> list[Death]:
+        deaths: list[Death] = []
+
+        def died() -> bool:
+            deaths.extend(self.turn(replace=replace))
+            return len(deaths) >= count
+
+        poll(died, f"{count} deaths")
+        assert len(deaths) == count
+        return deaths
+
+    def running(self) -> list[int]:
+        """The indices whose process runs."""
+        return sorted(berth.index for berth in self.supervisor.berths if berth.running)
+
+    def child(self, index: int) -> Child:
+        """The newest process of an index."""
+        return [child for other, child in self.started if other == index][-1]
+
+    def close(self) -> None:
+        for child in self.supervisor.children:
+            child.close()
+
+
+@pytest.fixture
+def crew(tmp_path, monkeypatch) -> Iterator[Crew]:
+    """Up to 5 deaths within 60 s; whatever the test did, closing leaves no process and no descriptor."""
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    crew = Crew(tmp_path, clock, 5, 60.0)
+    try:
+        yield crew
+        crew.close()
+        assert [child.pid for _, child in crew.started if child.running] == []
+        assert [child.descriptor for _, child in crew.started if child.descriptor >= 0] == []
+    finally:
+        for _, child in crew.started:
+            child.close()
+            child.process.stdin.close()
+
+
+def test_as_many_are_started_as_are_wanted_with_the_lowest_free_indices(crew):
+    crew.scale(3)
+    assert [index for index, _ in crew.started] == [0, 1, 2]
+    assert crew.running() == [0, 1, 2]
+    crew.scale(3)
+    assert crew.turn() == []
+    assert len(crew.started) == 3
+    crew.scale(5)
+    assert [index for index, _ in crew.started] == [0, 1, 2, 3, 4]
+    assert crew.supervisor.wanted == 5
+    assert crew.retired == []
+    assert len(crew.supervisor.children) == 5
+
+
+def test_who_died_is_replaced_after_a_pause_that_doubles_up_to_a_limit(crew):
+    crew.scale(2)
+    pauses = []
+    for count in range(1, 6):
+        victim = crew.child(1)
+        victim.process.kill()
+        (death,) = crew.await_deaths()
+        assert (death.index, death.pid, death.code) == (1, victim.pid, -signal.SIGKILL)
+        assert (death.expected, death.loop) == (False, False)
+        pauses.append(death.restart_in_s)
+        assert crew.running() == [0]
+        assert crew.supervisor.any_running
+        crew.clock.now += death.restart_in_s - 0.001
+        assert crew.turn() == []
+        assert crew.running() == [0]
+        crew.clock.now += 0.002
+        assert crew.turn() == []
+        assert crew.running() == [0, 1]
+        assert crew.child(1).pid != victim.pid
+        assert victim.descriptor == -1  # given back
+        assert [berth.restarts for berth in crew.supervisor.berths] == [0, count]
+    assert pauses == [FIRST_PAUSE_S, 2 * FIRST_PAUSE_S, 4 * FIRST_PAUSE_S, LONGEST_PAUSE_S, LONGEST_PAUSE_S]
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_who_was_sent_home_or_has_a_broken_world_is_not_replaced(crew, code):
+    crew.program = f"raise SystemExit({code})"
+    crew.scale(1)
+    (death,) = crew.await_deaths()
+    assert (death.code, death.expected, death.restart_in_s, death.loop) == (code, False, None, False)
+    assert (death.record is None) == (code == 0)
+    crew.clock.now += 10 * LONGEST_PAUSE_S
+    assert crew.turn() == []
+    assert len(crew.started) == 1
+    assert not crew.supervisor.any_running
+    assert [berth.index for berth in crew.supervisor.berths] == [0]  # what its log said can still be asked
+
+
+def test_an_error_is_no_way_to_go(crew):
+    crew.program = "raise SystemExit(1)"
+    crew.scale(1)
+    assert crew.await_deaths()[0].restart_in_s == FIRST_PAUSE_S
+
+
+def test_dying_too_often_within_the_window_is_a_loop(crew):
+    crew.program = "1 / 0"
+    crew.scale(2)
+    died = crew.await_deaths(2)  # each counts its own
+    for _ in range(5):
+        assert [death.loop for death in died] == [False] * len(died)
+        crew.clock.now += LONGEST_PAUSE_S
+        assert crew.turn() == []
+        died = crew.await_deaths(2)
+    assert sorted((death.index, death.loop, death.restart_in_s) for death in died) == [(0, True, None), (1, True, None)]
+    assert "ZeroDivisionError" in died[0].tail
+    assert not crew.supervisor.any_running
+    crew.clock.now += LONGEST_PAUSE_S
+    assert crew.turn() == []
+    assert len(crew.started) == 2 * 6
+
+
+def test_deaths_outside_the_window_are_forgotten(crew):
+    crew.scale(1)
+    for _ in range(8):  # more than five, but never more than two within a minute
+        crew.child(0).process.kill()
+        (death,) = crew.await_deaths()
+        assert not death.loop
+        assert death.restart_in_s in (FIRST_PAUSE_S, 2 * FIRST_PAUSE_S)
+        crew.clock.now += 31.0
+        crew.turn()
+    assert crew.supervisor.berths[0].restarts == 8
+
+
+def test_scaling_down_retires_the_highest_indices_and_does_not_replace_them(crew):
+    crew.scale(4)
+    crew.scale(2)
+    assert crew.retired == [crew.child(2), crew.child(3)]
+    assert crew.running() == [0, 1, 2, 3]  # they are asked, and take their time
+    assert crew.turn() == []
+    crew.scale(2)
+    assert len(crew.retired) == 2  # each is asked once
+    for index in (2, 3):
+        crew.child(index).process.terminate()
+    deaths = crew.await_deaths(2)
+    assert sorted(death.index for death in deaths) == [2, 3]
+    assert {(d.expected, d.restart_in_s, d.loop, d.record) for d in deaths} == {(True, None, False, None)}
+    crew.clock.now += LONGEST_PAUSE_S
+    assert crew.turn() == []
+    assert [berth.index for berth in crew.supervisor.berths] == [0, 1]
+    assert len(crew.started) == 4
+    assert not (crew.folder / "crashes").exists()
+
+
+def test_who_waits_for_its_restart_can_be_scaled_away(crew):
+    crew.scale(2)
+    crew.child(1).process.kill()
+    crew.await_deaths()
+    crew.scale(1)
+    assert crew.retired == []  # there is no process to ask
+    crew.clock.now += LONGEST_PAUSE_S
+    assert crew.turn() == []
+    assert [berth.index for berth in crew.supervisor.berths] == [0]
+    assert len(crew.started) == 2
+
+
+def test_scaling_up_while_one_is_leaving_starts_another_beside_it(crew):
+    crew.scale(2)
+    crew.scale(1)
+    crew.scale(3)
+    assert [index for index, _ in crew.started] == [0, 1, 2, 3]  # index 1 is taken as long as the leaver has it
+    crew.child(1).process.kill()
+    (death,) = crew.await_deaths()
+    assert death.expected
+    assert crew.running() == [0, 2, 3]
+    crew.scale(4)
+    assert crew.running() == [0, 1, 2, 3]  # now it is free
+    assert crew.retired == [crew.started[1][1]]
+
+
+def test_to_zero_and_back(crew):
+    crew.scale(1)
+    crew.scale(0)
+    crew.child(0).process.kill()
+    crew.await_deaths()
+    assert crew.supervisor.berths == []
+    crew.scale(1)
+    assert crew.running() == [0]
+
+
+def test_a_leaver_that_ends_in_the_middle_of_a_turn_is_still_reported(crew, monkeypatch):
+    """Or its tickets would wait for its lease: the launcher tells the learner of every death it hears of."""
+    crew.scale(1)
+    crew.scale(0)
+    child = crew.child(0)
+    ended = child.process.poll
+    child.process.kill()
+    child.process.wait(60)
+    looks = [None]  # what the first look of the turn sees: it still runs
+    monkeypatch.setattr(child.process, "poll", lambda: looks.pop() if looks else ended())
+    deaths = [*crew.turn(), *crew.turn()]
+    assert [death.pid for death in deaths] == [child.pid]
+    assert crew.supervisor.berths == []
+
+
+def test_nobody_is_replaced_while_the_run_is_being_ended(crew):
+    crew.scale(2)
+    crew.child(0).process.kill()
+    crew.await_deaths()
+    crew.child(1).process.kill()
+    (death,) = crew.await_deaths(replace=False)
+    assert death.restart_in_s is None
+    crew.clock.now += LONGEST_PAUSE_S
+    assert crew.turn(replace=False) == []
+    assert len(crew.started) == 2
+
+
+@pytest.mark.parametrize(
+    ("program", "how"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "signal 9 (SIGKILL)"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGRTMIN + 1)", "signal 35 (unnamed)"),
+        ("raise SystemExit(7)", "code 7"),
+        ("[][1]", "code 1"),
+    ],
+    ids=["killed", "a signal without a name", "exit", "traceback"],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="ends by signals as Linux numbers them")
+def test_a_crash_is_recorded_with_what_ended_it_and_the_end_of_the_log(crew, program, how):
+    said = "import sys; [print('line', n, file=sys.stderr, flush=True) for n in range(9)]; "
+    crew.program = said + program
+    crew.scale(1)
+    (death,) = crew.await_deaths()
+    text = death.record.read_text()
+    assert death.record.parent == crew.folder / "crashes"
+    assert f"actor 0, process {death.pid}, ended with {how}\n" in text
+    assert ("IndexError" in text) if how == "code 1" else text.endswith("line 8\n")
+    crew.clock.now += FIRST_PAUSE_S
+    crew.turn()
+    assert crew.await_deaths()[0].record != death.record  # one each
+    assert len(list(death.record.parent.iterdir())) == 2
