@@ -89,7 +89,12 @@ def find_environment(env: str, env_config: Mapping[str, Any]) -> EnvironmentSour
     parameters = _convert_parameters(env, settings, getattr(world, "Parameters", NoParameters))
     _check_methods(env, world, style)
     defaults = {"batch": {"worlds": max(1, OBJECT_SLOTS // slots)}} if style == "object" else {}
-    info = world(slots, parameters).info
+    try:
+        info = world(slots, parameters).info
+    except ValueError as error:
+        if "WorldInfo." in str(error) or "aggregate is" in str(error):
+            raise UsageError(f"environment {env!r}: {error}") from None
+        raise
     if not isinstance(info, WorldInfo):
         raise UsageError(f"environment {env!r}: its info is {info!r}; expected a rustyrl_actors.WorldInfo")
     spec = describe_world(env, info, slots, parameters, defaults)
@@ -132,8 +137,15 @@ def _convert_parameters(env: str, settings: dict[str, Any], kind: type[msgspec.S
 def _check_methods(env: str, world: WorldClass, style: str) -> None:
     needed = ("reset", "observe") if style == "object" else ("build", "reset", "observe")
     if missing := [name for name in needed if not callable(getattr(world, name, None))]:
+        own = [name for name in vars(world) if not name.startswith("_")]
+        hints = [
+            f"did you mean {close[0]!r}?" for name in missing if (close := difflib.get_close_matches(name, own, 1))
+        ]
+        if missing == ["build"]:
+            hints.append("a world in object style says style = 'object'")
         raise UsageError(
-            f"environment {env!r} is no world in {style} style, it lacks {', '.join(missing)}; see docs/worlds.md"
+            f"environment {env!r} is no world in {style} style, it lacks {', '.join(missing)}; "
+            f"{'; '.join(hints) or 'see docs/worlds.md'}"
         )
 
 
@@ -151,7 +163,9 @@ def find_world(env: str) -> WorldClass:
     module = _import_file(env, module_name) if module_name.endswith(".py") else _import_module(env, module_name)
     world = getattr(module, class_name, None)
     if world is None:
-        classes = [name for name, value in vars(module).items() if isinstance(value, type)]
+        classes = [
+            name for name, value in vars(module).items() if hasattr(value, "reset") and hasattr(value, "observe")
+        ]
         raise UsageError(f"environment {env!r}: {module_name} has no {class_name!r}{nearest(class_name, classes)}")
     if not callable(world):
         raise UsageError(f"environment {env!r}: {class_name} is {world!r}; expected the class of a world")

@@ -84,10 +84,14 @@ class ColumnEnvironment:
         out.valid.fill(True)
         self._context.enter()
         self._point_at(out)
-        for _ in range(self._world.info.ticks_per_step):
-            place.tick += 1
-            esper.process()
-        self._world.observe(slice(None))
+        try:
+            for _ in range(self._world.info.ticks_per_step):
+                place.tick += 1
+                esper.process()
+            self._world.observe(slice(None))
+        except Exception as error:
+            error.add_note(f"raised in {place.text()}")
+            raise
         self._check_written_into(out)
 
         self._elapsed += 1

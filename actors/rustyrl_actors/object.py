@@ -77,6 +77,17 @@ class ObjectEnvironment:
         self._context.enter()
         self.place.step += 1
         self._elapsed += 1
+        try:
+            return self._step(action, out)
+        except Exception as error:
+            self._note(error)
+            raise
+
+    def close(self) -> None:
+        """Delete the esper world."""
+        self._context.close()
+
+    def _step(self, action: Arrays, out: StepRows) -> TimeStep:
         self._hand_out(action, out)
         for left in self._countdown:
             self.place.tick += 1
@@ -89,9 +100,17 @@ class ObjectEnvironment:
             return TimeStep()
         return self._end_episodes(ended, out)
 
-    def close(self) -> None:
-        """Delete the esper world."""
-        self._context.close()
+    def _note(self, error: Exception) -> None:
+        """Say where the game stood when its own code raised, and what may be behind it."""
+        if isinstance(error, ContractError):
+            return  # it says so itself
+        error.add_note(f"raised in {self.place.text()}")
+        for slot, seat in enumerate(self._seats):
+            if seat is not None and not (seat.agent.terminated or seat.agent.truncated) and not _is_there(seat):
+                error.add_note(
+                    f"entity {seat.entity}, the agent in slot {slot}, was deleted while its episode went on; set "
+                    "agent.terminated or agent.truncated before that"
+                )
 
     def _hand_out(self, action: Arrays, out: StepRows) -> None:
         """Give every agent its action, and clean fields and rows to answer in."""
@@ -321,8 +340,7 @@ def _like(rows: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 
 def _exactly(value: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     """The same whole numbers in another dtype; raises ValueError if one is not there."""
-    converted = value.astype(dtype)
-    if value.dtype.kind not in "biu" or not np.array_equal(converted, value):
+    if value.dtype.kind not in "biu" or not np.array_equal(converted := value.astype(dtype), value):
         raise ValueError(value.dtype)
     return converted
 

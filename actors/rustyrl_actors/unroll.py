@@ -106,8 +106,7 @@ def _step(world: OwnedWorld, action: Arrays, rows: StepRows, t: int) -> TimeStep
         return world.environment.step(action, rows)
     except Exception as error:
         error.add_note(
-            f"raised by world {world.index} of {world.environment.spec.env!r} in step {t} of batch {world.next_batch}: "
-            f"{world.environment.place.text()}"
+            f"raised by world {world.index} of {world.environment.spec.env!r} in step {t} of batch {world.next_batch}"
         )
         raise
 

@@ -39,6 +39,18 @@ class WorldInfo(msgspec.Struct, frozen=True, kw_only=True):
     evaluate_from: tuple[str, ...] = ()
     defaults: dict[str, dict[str, Any]] = {}
 
+    def __post_init__(self) -> None:
+        for name in ("ticks_per_step", "max_episode_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"WorldInfo.{name} is {value!r}, expected a whole number from 1 on")
+        if not self.step_s > 0:
+            raise ValueError(f"WorldInfo.step_s is {self.step_s!r}, expected seconds of simulated time, more than 0")
+        if not isinstance(self.metrics, tuple) or not all(isinstance(metric, MetricSpec) for metric in self.metrics):
+            raise ValueError(
+                f"WorldInfo.metrics is {self.metrics!r}, expected a tuple of MetricSpec: (MetricSpec(...),)"
+            )
+
 
 class ColumnWorld(Protocol):
     """An esper world whose components hold E slots as arrays with a leading row axis (column style)."""

@@ -25,6 +25,7 @@ __all__ = [
     "resets_in_the_same_step",
 ]
 
+GLOBAL_RANDOM = "the global random generator of Python or numpy"
 LEAK_EPISODES = 1000
 LEAK_OBJECTS = 200  # what interpreters and caches may gain by themselves
 LEAK_BYTES = 32 << 20
@@ -35,11 +36,12 @@ def repeats_under_a_seed(subject: Subject) -> None:
     before = _global_random()
     difference = first_difference(subject.trace(), subject.trial())
     if difference:
-        drawn = " (the global random generator of Python or numpy was drawn from)" if _global_random() != before else ""
+        drawn = f" ({GLOBAL_RANDOM} was drawn from)" if _global_random() != before else ""
         raise ViolationError(
             f"the same seed and the same actions gave other numbers{drawn}: {difference}",
             "draw from the rng that reset() gets, keep it for what is random between resets, do not look at the clock; "
-            "a game in object style that draws from the global generators can say global_random = True",
+            "a game in object style that draws from the global generators can say global_random = True; state in "
+            "module globals or class attributes has to be put back too",
         )
 
 
@@ -55,18 +57,20 @@ def differs_between_seeds(subject: Subject) -> None:
 
 
 def resets_cleanly(subject: Subject) -> None:
-    """Run the same trial twice in one environment."""
+    """Run the usual trial again in an environment that has been used before, for longer and shorter."""
     environment, seed = subject.source.make(), (subject.seed, 0, 0)
     try:
-        run_trial(environment, (subject.seed + 7, 0, 0), subject.draws(), subject.steps)
-        again = run_trial(environment, seed, subject.draws(), subject.steps)
+        for used in (subject.steps, subject.steps // 2 + 1, subject.steps // 3 + 2):
+            run_trial(environment, (subject.seed + used, 0, 0), subject.draws(), used)
+            again = run_trial(environment, seed, subject.draws(), subject.steps)
+            if difference := first_difference(subject.trace(), again):
+                raise ViolationError(
+                    f"a world that had been used before gave other numbers after its reset: {difference}",
+                    "reset() must put back everything that an episode changes: components, processors that are kept, "
+                    "attributes, and globals of the game's modules",
+                )
     finally:
         environment.close()
-    if difference := first_difference(subject.trace(), again):
-        raise ViolationError(
-            f"a world that had been used before gave other numbers after its reset: {difference}",
-            "reset() must put back everything that an episode changes, in components and in processors alike",
-        )
 
 
 def resets_in_the_same_step(subject: Subject) -> None:
@@ -131,7 +135,8 @@ def keeps_worlds_apart(subject: Subject) -> None:
     if difference := first_difference(subject.trace(), together):
         raise ViolationError(
             f"a second world in the same process changed the first: {difference}",
-            "keep the state of a game in its components and processors, not in module globals or class attributes",
+            "keep the state of a game in its components and processors; where it has module globals or class "
+            "attributes, set them in every tick and count what changed within it (docs/worlds.md, 'Global state')",
         )
 
 

@@ -16,6 +16,7 @@ from rustyrl_actors.catalog import GYM_PREFIX, EnvironmentSource, find_environme
 from rustyrl_actors.environment import allocate_rows
 from rustyrl_actors.testing import checks_episodes as episodes
 from rustyrl_actors.testing import checks_rows as rows
+from rustyrl_actors.testing.checks_episodes import GLOBAL_RANDOM
 from rustyrl_actors.testing.speed import measure_speed
 from rustyrl_actors.testing.subject import DoesNotApplyError, Subject, ViolationError
 from rustyrl_actors.testing.trial import ActionDraws
@@ -51,6 +52,9 @@ CHECKS: dict[str, tuple[Callable[[Subject], None], str]] = {
     "independent worlds": (episodes.keeps_worlds_apart, "two worlds in one process do not touch each other"),
     "leaks": (episodes.does_not_leak, "a thousand episodes leave nothing behind"),
 }
+
+
+NEED_DETERMINISM = ("clean reset", "independent slots", "independent worlds")  # they compare trials
 
 
 def check_environment(
@@ -98,19 +102,30 @@ def check_environment(
         try:
             if subject is None:
                 subject = Subject(source, seed, _affordable_steps(source, seed))
+            if name in NEED_DETERMINISM and any(GLOBAL_RANDOM in finding.problem for finding in findings):
+                raise DoesNotApplyError("the global random generators were drawn from, so that nothing can be compared")
             check(subject)
             ok = note(Finding(name, True))
         except DoesNotApplyError as reason:
             ok = note(Finding(name, None, str(reason)))
-        except ViolationError as violation:
-            ok = note(Finding(name, False, violation.problem, violation.remedy))
-        except ContractError as error:
-            ok = note(Finding(name, False, str(error), "mend what the message names"))
         except Exception as error:
-            ok = note(Finding(name, False, _told(error), "the world must step without an error"))
+            ok = note(_finding(name, error))
         if name == "runs" and not ok:
             return findings, {}  # the rest would say the same
-    return findings, measure_speed(source, seed)
+    try:
+        return findings, measure_speed(source, seed)
+    except Exception as error:
+        note(_finding("speed", error))
+        return findings, {}
+
+
+def _finding(name: str, error: Exception) -> Finding:
+    """What went wrong in a check, in words."""
+    if isinstance(error, ViolationError):
+        return Finding(name, False, error.problem, error.remedy)
+    if isinstance(error, ContractError):
+        return Finding(name, False, str(error), "mend what the message names")
+    return Finding(name, False, _told(error), "the world must step without an error")
 
 
 def assert_conforms(env: str, *, seed: int = 1, **env_config: Any) -> None:
