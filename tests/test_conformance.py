@@ -131,7 +131,10 @@ OBJECT_FAULTS = {
         "runs", r"slot 0, tick 3 .*the entity was deleted, or lost its Agent, while its episode went on", "mend what"
     ),
     "is cut and not observed": fault(
-        "written rows", r"shows through: .*final observation 'main' of slot", r"observe\(\) must write every number"
+        "written rows",
+        r"shows through: .*final observation 'main' of slot",
+        r"observe\(\) must write every number",
+        "observations",
     ),
 }
 FAULTS = [
@@ -256,7 +259,7 @@ def test_assert_conforms_lists_every_problem_and_its_remedy() -> None:
 def test_what_does_not_apply_says_why() -> None:
     findings, _ = check_environment("gym:CartPole-v1", {"slots": 2})
     skipped = {finding.check: finding.problem for finding in findings if finding.passed is None}
-    assert skipped.keys() == {"observations", "metrics", "reset in the same step", "independent slots"}
+    assert skipped.keys() == {"observations", "metrics", "seeds", "reset in the same step", "independent slots"}
     assert all(len(reason.split()) >= 3 for reason in skipped.values())
     findings, _ = check_environment(COLUMN, {"slots": 1})
     assert [f.problem for f in findings if f.passed is None] == ["a world has one slot"]

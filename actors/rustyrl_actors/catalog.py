@@ -21,7 +21,7 @@ from rustyrl_actors.column import ColumnEnvironment
 from rustyrl_actors.environment import Environment
 from rustyrl_actors.gym_environment import GYM_EVALUATION_SLOTS, GYM_SLOTS, GymEnvironment, describe_gym
 from rustyrl_actors.object import ObjectEnvironment
-from rustyrl_actors.world import NoParameters, WorldClass, WorldInfo, describe_world
+from rustyrl_actors.world import NoParameters, WorldClass, WorldInfo, as_others_see_it, describe_world
 
 __all__ = ["BUILT_IN", "GYM_PREFIX", "EnvironmentSource", "find_environment", "find_world"]
 
@@ -42,6 +42,7 @@ BUILT_IN = {
     "drone-windy": BuiltIn("rustyrl_actors.worlds.drone:DroneWorld", {"variation": 0.2, "gust_m_s": 5.0}),
 }
 GYM_PREFIX = "gym:"
+_loaded: dict[Path, tuple[int, ModuleType]] = {}  # files by path, with the time of their last change
 DEFAULT_SLOTS = {"column": 64, "object": 1}
 OBJECT_SLOTS = 64  # of a run in object style, unless the world or the user says otherwise
 EVALUATION_SLOTS = {"column": 1024, "object": 0}
@@ -89,12 +90,7 @@ def find_environment(env: str, env_config: Mapping[str, Any]) -> EnvironmentSour
     parameters = _convert_parameters(env, settings, getattr(world, "Parameters", NoParameters))
     _check_methods(env, world, style)
     defaults = {"batch": {"worlds": max(1, OBJECT_SLOTS // slots)}} if style == "object" else {}
-    try:
-        info = world(slots, parameters).info
-    except ValueError as error:
-        if "WorldInfo." in str(error) or "aggregate is" in str(error):
-            raise UsageError(f"environment {env!r}: {error}") from None
-        raise
+    info = world(slots, parameters).info
     if not isinstance(info, WorldInfo):
         raise UsageError(f"environment {env!r}: its info is {info!r}; expected a rustyrl_actors.WorldInfo")
     spec = describe_world(env, info, slots, parameters, defaults)
@@ -109,9 +105,11 @@ def find_environment(env: str, env_config: Mapping[str, Any]) -> EnvironmentSour
 
 
 def _find_gym(env: str, settings: dict[str, Any]) -> EnvironmentSource:
+    resizable = 0 if "slots" in settings else GYM_EVALUATION_SLOTS  # a batch of its own may have one size only
     slots = _pop_slots(settings, GYM_SLOTS)
     spec, about = describe_gym(env, env.removeprefix(GYM_PREFIX), slots, settings)
-    return EnvironmentSource(spec, None, about, GYM_EVALUATION_SLOTS, lambda _stagger: GymEnvironment(spec, settings))
+    spec = as_others_see_it(spec)
+    return EnvironmentSource(spec, None, about, resizable, lambda _stagger: GymEnvironment(spec, settings))
 
 
 def _pop_slots(settings: dict[str, Any], default: int) -> int:
@@ -187,6 +185,9 @@ def _import_file(env: str, name: str) -> ModuleType:
     path = Path(name).resolve()
     if not path.is_file():
         raise UsageError(f"environment {env!r}: there is no file {path}")
+    known = _loaded.get(path)
+    if known is not None and known[0] == path.stat().st_mtime_ns:
+        return known[1]
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise UsageError(f"environment {env!r}: {path} is not a Python file")
@@ -194,4 +195,5 @@ def _import_file(env: str, name: str) -> ModuleType:
     sys.modules[path.stem] = module
     sys.path.insert(0, str(path.parent))
     spec.loader.exec_module(module)
+    _loaded[path] = (path.stat().st_mtime_ns, module)
     return module

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from rustyrl.condition import parse_condition
+from rustyrl.config import build_config
 from rustyrl.errors import ContractError, UsageError
 from rustyrl.figures import EPISODE_FIGURES
 from rustyrl_actors.catalog import GYM_PREFIX, EnvironmentSource, find_environment, find_world
@@ -89,7 +90,7 @@ def check_environment(
 
     try:
         source = find_environment(env, env_config or {})
-        _check_conditions(source)
+        _check_declared(source)
     except (UsageError, ContractError) as error:
         note(Finding("declaration", False, str(error), "mend the declaration of the world and check again"))
         return findings, {}
@@ -136,8 +137,10 @@ def assert_conforms(env: str, *, seed: int = 1, **env_config: Any) -> None:
         raise AssertionError(f"{env} does not conform:\n" + "\n".join(problems))
 
 
-def _check_conditions(source: EnvironmentSource) -> None:
+def _check_declared(source: EnvironmentSource) -> None:
+    """Conditions that name figures that exist, defaults that the configuration knows."""
     spec = source.spec
+    build_config(spec.defaults)
     known = (*EPISODE_FIGURES, *(metric.name for metric in spec.metrics))
     for where, texts in (("goal", spec.goal), ("evaluate_from", spec.evaluate_from)):
         for condition in map(parse_condition, texts):

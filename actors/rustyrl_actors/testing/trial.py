@@ -110,7 +110,10 @@ def run_trials(
         for index, environment in enumerate(environments):
             trace = traces[index]
             masks = {name: array[t] for name, array in trace.rollout.action_mask.items()}
-            step = environment.step(draws[index].at(t, masks), rows[index][t])
+            action = draws[index].at(t, masks)
+            step = environment.step(action, rows[index][t])
+            for array in action.values():
+                array.fill(0)  # an actor uses its arrays again
             if step.episodes is not None:
                 trace.ends.append((t, step))
             kept[index].append({name: _written(name, array, t).copy() for name, array in trace.arrays().items()})
@@ -191,6 +194,8 @@ def _written(name: str, array: NDArray[Any], t: int) -> NDArray[Any]:
 
 def _same(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.bool_]:
     """Equal, numbers that are not finite included."""
+    if one.dtype == np.bool_:  # of a byte that is neither False nor True, numpy says that it is True
+        one, other = one.view(np.uint8), other.view(np.uint8)
     equal = np.asarray(one == other)
     if one.dtype.kind == "f":
         equal = equal | (np.isnan(one) & np.isnan(other))
