@@ -16,7 +16,7 @@ from rich.table import Table
 
 from rustyrl import describe
 from rustyrl.channels import ControlClient, loopback_address
-from rustyrl.config import Layer, parse_assignments, read_config
+from rustyrl.config import Layer, build_config, parse_assignments, read_config
 from rustyrl.doctor import examine
 from rustyrl.errors import RunFailedError, UsageError
 from rustyrl.new import new_project
@@ -143,7 +143,7 @@ def status(run: RunOption = None, json: Json = False) -> None:
     if json:
         _print_json(answer)
         return
-    console = Console()
+    console = Console(emoji=False)
     learner_figures, tickets = answer["learner"], answer["tickets"]
     console.print(f"{answer['env']} {answer['state']} for {answer['seconds']:.0f} s, {answer['run']}", highlight=False)
     console.print(
@@ -228,7 +228,7 @@ def runs(json: Json = False) -> None:
     for row in rows:
         summary = row.get("summary", {})
         table.add_row(row["run"], row["env"], row["state"], f"{summary.get('steps', ''):}", summary.get("stopped_by"))
-    Console().print(table)
+    Console(emoji=False).print(table)
 
 
 @app.command(name="eval", epilog="Example:\n\n  rustyrl eval runs/drone-20260101-120000 --episodes 1000")
@@ -261,7 +261,7 @@ def evaluate(
     table = Table("figure", "value", title=str(target))
     for name, value in figures.items():
         table.add_row(name, "-" if value is None else f"{value:.6g}")
-    Console().print(table)
+    Console(emoji=False).print(table)
 
 
 @app.command()
@@ -279,7 +279,7 @@ def envs(json: Json = False) -> None:
             f"{part['name']} {part['kind']} {part['counts'] or part['shape']}" for part in spec["action"]
         )
         table.add_row(row["env"], row["about"], observation, action, ", ".join(["slots", *spec["parameters"]]))
-    Console().print(table)
+    Console(emoji=False).print(table)
 
 
 @app.command(epilog="Example:\n\n  rustyrl new arena --style object")
@@ -334,7 +334,7 @@ def doctor(json: Json = False) -> None:
                 value = ", ".join(f"{k} {v}" for k, v in value.items())
             if name != "problems":
                 table.add_row(name, escape(str(value)))
-        console = Console()
+        console = Console(emoji=False)
         console.print(table)
         for problem in report["problems"]:
             console.print(f"problem: {problem}", markup=False, highlight=False, soft_wrap=True)
@@ -349,7 +349,7 @@ def main() -> NoReturn:
     try:
         app(standalone_mode=True)
     except (UsageError, RunFailedError) as error:
-        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        Console(emoji=False, stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -425,11 +425,12 @@ def _env_only(verb: str, assignments: list[str] | None) -> dict[str, Any]:
     changes = parse_assignments(assignments or [])
     if unknown := changes.keys() - {"env"}:
         raise UsageError(f"{verb} takes --set env.KEY=VALUE only, got section {sorted(unknown)[0]!r}")
+    build_config(changes)
     return changes.get("env", {})
 
 
 def _print_findings(env: str, report: dict[str, Any], failed: int) -> None:
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = Console(emoji=False, soft_wrap=True, highlight=False, markup=False)
     for finding in report["findings"]:
         word = {True: "ok", False: "WRONG", None: "-"}[finding["passed"]]
         console.print(f"{word:>5}  {finding['check']}{': ' + finding['problem'] if finding['problem'] else ''}")
@@ -469,4 +470,4 @@ def _print_summary(summary: dict[str, Any]) -> None:
     table.add_row("policy", str(run / "policy.safetensors"))
     table.add_row("metrics", f"{run / 'metrics.jsonl'}; tensorboard --logdir {run}")
     table.add_row("evaluate again", f"rustyrl eval {run}")
-    Console(soft_wrap=True).print(table)
+    Console(emoji=False, soft_wrap=True).print(table)

@@ -111,7 +111,7 @@ class PlainProgress:
 
 def make_progress(*, to_stderr: bool) -> Progress:
     """The display that fits where the output goes."""
-    console = Console(stderr=to_stderr)
+    console = Console(emoji=False, stderr=to_stderr)
     return LiveProgress(console) if console.is_terminal and not console.is_dumb_terminal else PlainProgress(console)
 
 

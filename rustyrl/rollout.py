@@ -9,7 +9,15 @@ from numpy.typing import NDArray
 
 from rustyrl.spec import ArraySpec, EnvironmentSpec
 
-__all__ = ["EpisodeRows", "Rollout", "RolloutOrigin", "Ticket", "allocate_rollout", "rollout_arrays"]
+__all__ = [
+    "EpisodeRows",
+    "Rollout",
+    "RolloutOrigin",
+    "Ticket",
+    "allocate_rollout",
+    "no_episodes",
+    "rollout_arrays",
+]
 
 ALIGNMENT_BYTES = 64  # a cache line: every array of a rollout starts on one
 POISON = 0xCB  # a byte pattern that reads as a huge negative float32 and as neither True nor False

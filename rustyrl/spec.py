@@ -33,6 +33,7 @@ Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z_][A-Z
 Shape = Annotated[tuple[Annotated[int, Meta(ge=0, le=2**31)], ...], Meta(max_length=16)]
 DTypeName = Literal["float32", "int32", "int64", "uint8", "bool"]
 Scalar = bool | int | float | str
+AGGREGATES = ("mean", "median")
 UNBOUNDED = 3.4028234663852886e38  # the largest float32: clipping to it changes nothing
 
 
@@ -172,6 +173,12 @@ class MetricSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: Name
     episode_metric: Name
     aggregate: Literal["mean", "median"]
+
+    def __post_init__(self) -> None:
+        if self.aggregate not in AGGREGATES:
+            raise ValueError(
+                f"metric {self.name!r}: aggregate is {self.aggregate!r}, expected {' or '.join(AGGREGATES)}"
+            )
 
 
 class EnvironmentSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

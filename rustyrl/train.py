@@ -6,6 +6,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from rustyrl.channels import loopback_address
 from rustyrl.condition import parse_condition
 from rustyrl.config import Config, build_config, read_config
@@ -100,7 +102,13 @@ def _check_box(config: Config, spec: EnvironmentSpec) -> None:
 def _check_resume(run: Path, config: Config, spec: EnvironmentSpec) -> None:
     """Refuse what a checkpoint cannot go on with, before anything in its folder is touched."""
     before = build_config(resume_config(run))
-    if read_spec((run / "spec.json").read_bytes()).fingerprint != spec.fingerprint:
+    try:
+        trained_on = read_spec((run / "spec.json").read_bytes())
+    except (OSError, msgspec.DecodeError) as error:
+        raise UsageError(
+            f"{run} was not made by this version of rustyrl, and cannot be resumed by it ({error})"
+        ) from None
+    if trained_on.fingerprint != spec.fingerprint:
         raise UsageError(
             f"{run} was trained on {before.run.env} with {before.env or 'defaults'}, this is {config.run.env} with "
             f"{config.env or 'defaults'}: resume with the same environment, or start from its policy with --init"

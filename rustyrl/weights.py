@@ -35,8 +35,15 @@ __all__ = [
 
 METADATA_KEY = "rustyrl.policy"
 MAX_HEADER_BYTES = 1 << 20
+FORMAT = 2
 LARGEST_SQUASHED = 1e30  # bounds beyond are no bounds
 VARIANCE_FLOOR = 1e-8  # added to a variance before its root is taken, by whoever normalises
+
+
+class _Format(msgspec.Struct):
+    """The one thing that is read of a policy before all else."""
+
+    format: int = 0
 
 
 class PolicySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -169,6 +176,9 @@ def _read_policy_spec(content: bytes) -> PolicySpec:
         metadata = msgspec.json.decode(header.get("__metadata__", msgspec.Raw(b"{}")), type=dict[str, str])
         if METADATA_KEY not in metadata:
             raise WireError("weights", f"the file holds no {METADATA_KEY!r} metadata: not written by rustyrl")
+        written = msgspec.json.decode(metadata[METADATA_KEY], type=_Format).format
+        if written != FORMAT:
+            raise WireError("weights", f"a policy of format {written}, this rustyrl reads format {FORMAT}")
         return msgspec.json.decode(metadata[METADATA_KEY], type=PolicySpec)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WireError("weights", f"unreadable policy spec: {error}") from None

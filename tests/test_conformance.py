@@ -60,7 +60,9 @@ BOTH = {
     ),
     "clock": fault("determinism", r"gave other numbers: .* of slot 0 at step", "do not look at the clock", *AGAIN),
     "shared state": fault(
-        "independent worlds", r"a second world .* changed the first: .* slot \d at step \d", "not in module globals"
+        "independent worlds",
+        r"a second world .* changed the first: .* slot \d at step \d",
+        "module globals or class attributes",
     ),
     "keeps state": fault(
         "clean reset", r"used before gave other numbers .*: reward of slot 0 at step 0:", "put back everything"
@@ -70,7 +72,7 @@ BOTH = {
     ),
     "leaves a number unwritten": fault(
         "written rows",
-        r"^what stood in memory before a step shows through: observation 'main' of slot 0 at step 0: ",
+        r"^what stood in memory before a step shows through: observation 'main'\[\d\] of slot 0 at step 0: ",
         r"observe\(\) must write every number",
         "observations",
     ),
@@ -88,7 +90,7 @@ BOTH = {
     "discrete observation": fault("declaration", "Discrete.5.; expected .*one-hot", "mend the declaration"),
     "crashes": fault(
         "runs",
-        r"^ZeroDivisionError: the world fell over \(.*faulty.py, line \d+, in process\)$",
+        r"^ZeroDivisionError: the world fell over \(.*faulty.py, line \d+, in process\); raised in world .*, tick 3",
         "the world must step without an error",
     ),
     "allows nothing": fault(
@@ -112,7 +114,7 @@ COLUMN_FAULTS = {
     ),
     "resets all rows": fault(
         "independent slots",
-        r"changed .*: observation 'main' of slot [12] at step",
+        r"changed .*: observation 'main'\[\d\] of slot [12] at step",
         "must touch the rows it is given and no",
     ),
     "observes in another order": fault(
@@ -121,7 +123,7 @@ COLUMN_FAULTS = {
         r"let observe\(rows\) write for exactly these rows",
         "independent slots",
     ),
-    "observes the first rows": fault("independent slots", r"observation 'main' of slot [12] at step", "observe"),
+    "observes the first rows": fault("independent slots", r"observation 'main'\[\d\] of slot [12] at step", "observe"),
 }
 OBJECT_FAULTS = {
     **BOTH,
@@ -129,7 +131,10 @@ OBJECT_FAULTS = {
         "runs", r"slot 0, tick 3 .*the entity was deleted, or lost its Agent, while its episode went on", "mend what"
     ),
     "is cut and not observed": fault(
-        "written rows", r"shows through: .*final observation 'main' of slot", r"observe\(\) must write every number"
+        "written rows",
+        r"shows through: .*final observation 'main' of slot",
+        r"observe\(\) must write every number",
+        "observations",
     ),
 }
 FAULTS = [
@@ -254,7 +259,7 @@ def test_assert_conforms_lists_every_problem_and_its_remedy() -> None:
 def test_what_does_not_apply_says_why() -> None:
     findings, _ = check_environment("gym:CartPole-v1", {"slots": 2})
     skipped = {finding.check: finding.problem for finding in findings if finding.passed is None}
-    assert skipped.keys() == {"observations", "metrics", "reset in the same step", "independent slots"}
+    assert skipped.keys() == {"observations", "metrics", "seeds", "reset in the same step", "independent slots"}
     assert all(len(reason.split()) >= 3 for reason in skipped.values())
     findings, _ = check_environment(COLUMN, {"slots": 1})
     assert [f.problem for f in findings if f.passed is None] == ["a world has one slot"]
@@ -285,3 +290,10 @@ def test_trials_try_every_choice_and_the_ends_of_every_range() -> None:
     assert {float(force) for t in range(6, STEPS, 7) for force in forces[t].ravel()} == {-1.0, 1.0}
     assert len({float(force) for force in forces[0].ravel()} - {-1.0, 1.0}) == 4
     assert {int(sling) for action in actions for sling in action["sling"]} == {0, 1, 2}
+
+
+@pytest.mark.usefixtures("short")
+def test_a_metric_that_worlds_share_does_not_pass() -> None:
+    found, _ = check_environment(f"{WORLDS}/shared.py:SharedScore")
+    findings = {finding.check: finding for finding in found if finding.passed is False}
+    assert any("episode metric 'distance' of slot" in finding.problem for finding in findings.values())

@@ -358,7 +358,7 @@ def test_an_observation_that_no_policy_is_for_is_refused_in_words(kind: str) -> 
         find_environment("gym:tests/Odd-v0", {"observation": kind})
 
 
-@pytest.mark.parametrize("kind", sorted(set(UNSUPPORTED) - {"huge"}))
+@pytest.mark.parametrize("kind", sorted(set(UNSUPPORTED) - {"huge", "whole-box"}))
 def test_an_action_that_no_policy_is_for_is_refused_in_words(kind: str) -> None:
     with pytest.raises(UsageError, match=r"tests/Odd-v0': action .*expected Discrete"):
         find_environment("gym:tests/Odd-v0", {"action": kind})

@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from worlds.arena import Arena, Fighter, Parameters, die, join
 
+from rustyrl.errors import ContractError
 from rustyrl.spec import ActionSpec, ArraySpec
 from rustyrl.weights import PolicySpec, Weights, encode_weights, weights_layout
 from rustyrl_actors.agent import Agent
@@ -168,7 +169,13 @@ def test_agents_without_arrays_are_given_those_of_the_policy(
     agents = [Agent(), Agent()]
     for agent in agents:
         esper.create_entity(agent)
-    esper.add_processor(PolicyProcessor(weights))
+
+    def observe() -> None:
+        for agent in agents:
+            for array in agent.observation.values() if isinstance(agent.observation, dict) else [agent.observation]:
+                array[...] = 0
+
+    esper.add_processor(PolicyProcessor(weights, observe))
     esper.process()
     assert agents[0].observation is not agents[1].observation
     for agent in agents:
@@ -210,6 +217,7 @@ def test_a_mask_starts_all_true_each_time_the_world_observes() -> None:
 
     def observe() -> None:
         allowed.append(agent.action_mask.tolist())
+        agent.observation[:] = 0
         agent.action_mask[len(allowed) % 3] = False
 
     esper.add_processor(PolicyProcessor(weights, observe))
@@ -408,3 +416,11 @@ def test_a_game_by_itself_runs_as_it_ran_in_its_environment(ticks: int) -> None:
         frozenset({2, 3, 4}),
     }
     assert len({tuple(actions.items()) for actions in played}) > 2
+
+
+def test_acting_on_what_nobody_observed_is_an_error_that_says_what_to_do() -> None:
+    weights = make_weights(ONE, (CHOICE,))
+    esper.create_entity(Agent())
+    esper.add_processor(PolicyProcessor(weights))
+    with pytest.raises(ContractError, match=r"observation was not written .* observe=world\.observe"):
+        esper.process()

@@ -21,7 +21,7 @@ from rustyrl_actors.column import ColumnEnvironment
 from rustyrl_actors.environment import Environment
 from rustyrl_actors.gym_environment import GYM_EVALUATION_SLOTS, GYM_SLOTS, GymEnvironment, describe_gym
 from rustyrl_actors.object import ObjectEnvironment
-from rustyrl_actors.world import NoParameters, WorldClass, WorldInfo, describe_world
+from rustyrl_actors.world import NoParameters, WorldClass, WorldInfo, as_others_see_it, describe_world
 
 __all__ = ["BUILT_IN", "GYM_PREFIX", "EnvironmentSource", "find_environment", "find_world"]
 
@@ -42,6 +42,7 @@ BUILT_IN = {
     "drone-windy": BuiltIn("rustyrl_actors.worlds.drone:DroneWorld", {"variation": 0.2, "gust_m_s": 5.0}),
 }
 GYM_PREFIX = "gym:"
+_loaded: dict[Path, tuple[int, ModuleType]] = {}  # files by path, with the time of their last change
 DEFAULT_SLOTS = {"column": 64, "object": 1}
 OBJECT_SLOTS = 64  # of a run in object style, unless the world or the user says otherwise
 EVALUATION_SLOTS = {"column": 1024, "object": 0}
@@ -104,9 +105,11 @@ def find_environment(env: str, env_config: Mapping[str, Any]) -> EnvironmentSour
 
 
 def _find_gym(env: str, settings: dict[str, Any]) -> EnvironmentSource:
+    resizable = 0 if "slots" in settings else GYM_EVALUATION_SLOTS  # a batch of its own may have one size only
     slots = _pop_slots(settings, GYM_SLOTS)
     spec, about = describe_gym(env, env.removeprefix(GYM_PREFIX), slots, settings)
-    return EnvironmentSource(spec, None, about, GYM_EVALUATION_SLOTS, lambda _stagger: GymEnvironment(spec, settings))
+    spec = as_others_see_it(spec)
+    return EnvironmentSource(spec, None, about, resizable, lambda _stagger: GymEnvironment(spec, settings))
 
 
 def _pop_slots(settings: dict[str, Any], default: int) -> int:
@@ -132,8 +135,15 @@ def _convert_parameters(env: str, settings: dict[str, Any], kind: type[msgspec.S
 def _check_methods(env: str, world: WorldClass, style: str) -> None:
     needed = ("reset", "observe") if style == "object" else ("build", "reset", "observe")
     if missing := [name for name in needed if not callable(getattr(world, name, None))]:
+        own = [name for name in vars(world) if not name.startswith("_")]
+        hints = [
+            f"did you mean {close[0]!r}?" for name in missing if (close := difflib.get_close_matches(name, own, 1))
+        ]
+        if missing == ["build"]:
+            hints.append("a world in object style says style = 'object'")
         raise UsageError(
-            f"environment {env!r} is no world in {style} style, it lacks {', '.join(missing)}; see docs/worlds.md"
+            f"environment {env!r} is no world in {style} style, it lacks {', '.join(missing)}; "
+            f"{'; '.join(hints) or 'see docs/worlds.md'}"
         )
 
 
@@ -151,7 +161,9 @@ def find_world(env: str) -> WorldClass:
     module = _import_file(env, module_name) if module_name.endswith(".py") else _import_module(env, module_name)
     world = getattr(module, class_name, None)
     if world is None:
-        classes = [name for name, value in vars(module).items() if isinstance(value, type)]
+        classes = [
+            name for name, value in vars(module).items() if hasattr(value, "reset") and hasattr(value, "observe")
+        ]
         raise UsageError(f"environment {env!r}: {module_name} has no {class_name!r}{nearest(class_name, classes)}")
     if not callable(world):
         raise UsageError(f"environment {env!r}: {class_name} is {world!r}; expected the class of a world")
@@ -173,6 +185,9 @@ def _import_file(env: str, name: str) -> ModuleType:
     path = Path(name).resolve()
     if not path.is_file():
         raise UsageError(f"environment {env!r}: there is no file {path}")
+    known = _loaded.get(path)
+    if known is not None and known[0] == path.stat().st_mtime_ns:
+        return known[1]
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise UsageError(f"environment {env!r}: {path} is not a Python file")
@@ -180,4 +195,5 @@ def _import_file(env: str, name: str) -> ModuleType:
     sys.modules[path.stem] = module
     sys.path.insert(0, str(path.parent))
     spec.loader.exec_module(module)
+    _loaded[path] = (path.stat().st_mtime_ns, module)
     return module

@@ -13,7 +13,7 @@ from rustyrl.rollout import EpisodeRows
 from rustyrl.spec import EnvironmentSpec
 from rustyrl_actors.agent import Agent
 from rustyrl_actors.context import Context
-from rustyrl_actors.contract import Place, check_masks, describe_value
+from rustyrl_actors.contract import Place, check_masks, describe_value, fields_text
 from rustyrl_actors.draws import SlotDraws, slot_generator
 from rustyrl_actors.environment import Arrays, StepRows, TimeStep
 from rustyrl_actors.spaces import has_parts
@@ -59,7 +59,11 @@ class ColumnEnvironment:
         self._generators = [slot_generator(seed, slot) for slot in range(self.spec.slots)]
         self._context.enter()
         self._point_at(out)
-        self._begin(self._all)
+        try:
+            self._begin(self._all)
+        except Exception as error:
+            error.add_note(f"raised in reset() of {self.place.text()}")
+            raise
         if self._stagger:
             draws = slot_generator(seed, self.spec.slots)  # a stream that no slot draws from
             self._elapsed[:] = draws.integers(0, self.spec.max_episode_steps, self.spec.slots)
@@ -71,7 +75,8 @@ class ColumnEnvironment:
         """Step every slot once, write the outcome into ``out``, reset what ended."""
         agent, place = self._agent, self.place
         place.step += 1
-        agent.action = next(iter(action.values())) if self._one_action else action
+        own = {name: array.copy() for name, array in action.items()}  # the world may keep it: the arrays are used again
+        agent.action = next(iter(own.values())) if self._one_action else own
         agent.reward, agent.terminated, agent.truncated, agent.valid = (
             out.reward,
             out.terminated,
@@ -84,10 +89,14 @@ class ColumnEnvironment:
         out.valid.fill(True)
         self._context.enter()
         self._point_at(out)
-        for _ in range(self._world.info.ticks_per_step):
-            place.tick += 1
-            esper.process()
-        self._world.observe(slice(None))
+        try:
+            for _ in range(self._world.info.ticks_per_step):
+                place.tick += 1
+                esper.process()
+            self._world.observe(slice(None))
+        except Exception as error:
+            error.add_note(f"raised in {place.text()}; {fields_text(out.observation, out.action_mask)}")
+            raise
         self._check_written_into(out)
 
         self._elapsed += 1
@@ -97,6 +106,9 @@ class ColumnEnvironment:
         np.logical_and(out.truncated, ~out.terminated, out=out.truncated)  # if both, terminated wins
         np.logical_or(out.terminated, out.truncated, out=self._ended)
         ends = self._end_episodes(out) if self._ended.any() else TimeStep()
+        if out.action_mask and not out.valid.all():
+            for mask in out.action_mask.values():
+                mask[~out.valid] = True  # nobody is there
         if out.action_mask:  # what ended was asked for a mask too, which nobody needed
             check_masks(place, self.spec.action, out.action_mask)
         return ends

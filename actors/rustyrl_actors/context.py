@@ -11,7 +11,8 @@ import numpy as np
 
 __all__ = ["Context"]
 
-_names = (f"rustyrl-{number}" for number in itertools.count())
+PREFIX = "rustyrl-"
+_names = (f"{PREFIX}{number}" for number in itertools.count())
 
 
 class Context:
@@ -22,6 +23,10 @@ class Context:
     """
 
     _drawing: Context | None = None  # whose state stands in the global generators
+    _host: tuple[Any, Any, float | None] | None = (
+        None  # the state of the rest of the process, while one of ours stands there
+    )
+    _host_world = "default"  # its esper world
 
     def __init__(self, *, global_random: bool = False) -> None:
         self._name = next(_names)
@@ -33,6 +38,8 @@ class Context:
     def enter(self) -> None:
         """Make it the current esper world."""
         if esper.current_world != self._name:
+            if not esper.current_world.startswith(PREFIX):
+                Context._host_world = esper.current_world
             esper.switch_world(self._name)
         if self._global_random and Context._drawing is not self:
             self._take_over()
@@ -43,8 +50,8 @@ class Context:
         if self._global_random:
             random.seed(int(generator.integers(2**62)))
             self._numpy = np.random.MT19937(int(generator.integers(2**62)))
-            np.random.set_bit_generator(self._numpy)  # type: ignore[attr-defined]
             self._normal = None
+            _set_numpy(self._numpy, None)
 
     def empty(self) -> None:
         """Enter it with nothing in it: no entities, processors or event handlers."""
@@ -54,25 +61,58 @@ class Context:
     def close(self) -> None:
         """Delete it with all that it holds."""
         if Context._drawing is self:
-            Context._drawing = None
+            Context.hand_back()
         self._delete()
+
+    @staticmethod
+    def hand_back() -> None:
+        """Leave our worlds: the esper world and the global generators are again those of the rest of the process.
+
+        Actors need not: nothing else runs in their processes.
+        """
+        if Context._drawing is not None:
+            Context._drawing._put_aside()
+            Context._drawing = None
+        if Context._host is not None:
+            python, generator, normal = Context._host
+            random.setstate(python)
+            _set_numpy(generator, normal)
+            Context._host = None
+        if esper.current_world.startswith(PREFIX):
+            esper.switch_world(Context._host_world)
+
+    def _put_aside(self) -> None:
+        """Remember the global generators' state as one's own."""
+        self._python = random.getstate()
+        self._normal = _cached_normal()
 
     def _take_over(self) -> None:
         """Put aside the global generators' state of who was entered last, and put back one's own."""
         if Context._drawing is not None:
-            Context._drawing._python = random.getstate()
-            state: Any = np.random.get_state(legacy=False)
-            Context._drawing._normal = state["gauss"] if state["has_gauss"] else None
+            Context._drawing._put_aside()
+        else:
+            generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+            Context._host = (random.getstate(), generator, _cached_normal())
         if self._python is not None:
             random.setstate(self._python)
-        np.random.set_bit_generator(self._numpy)  # type: ignore[attr-defined]
-        if self._normal is not None:
-            own: Any = np.random.get_state(legacy=False)
-            np.random.set_state({**own, "has_gauss": 1, "gauss": self._normal})
+        _set_numpy(self._numpy, self._normal)
         Context._drawing = self
 
     def _delete(self) -> None:
         if esper.current_world == self._name:
-            esper.switch_world("default")
+            esper.switch_world(Context._host_world)
         if self._name in esper.list_worlds():
             esper.delete_world(self._name)
+
+
+def _cached_normal() -> float | None:
+    """The second of a pair of normals that numpy's global generator has drawn and not yet given out."""
+    state: Any = np.random.get_state(legacy=False)
+    return state["gauss"] if state["has_gauss"] else None
+
+
+def _set_numpy(generator: Any, normal: float | None) -> None:
+    np.random.set_bit_generator(generator)  # type: ignore[attr-defined]
+    if normal is not None:
+        own: Any = np.random.get_state(legacy=False)
+        np.random.set_state({**own, "has_gauss": 1, "gauss": normal})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from rustyrl.errors import ContractError
 from rustyrl.rollout import Rollout
 from rustyrl.spec import ActionSpec
 
-__all__ = ["Place", "check_finite", "check_masks", "describe_value"]
+__all__ = ["Place", "check_finite", "check_masks", "describe_value", "fields_text"]
 
 
 @dataclass(slots=True)
@@ -44,6 +45,16 @@ def describe_value(value: Any) -> str:
         return f"{array.dtype} {array.shape}"
     text = repr(value)
     return f"{text if len(text) < 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+def fields_text(observation: Mapping[str, NDArray[Any]], action_mask: Mapping[str, NDArray[Any]]) -> str:
+    """What the fields of the `Agent` component are there to take, in words."""
+    fields = {"observation": observation, "action_mask": action_mask}
+    return "component Agent: " + ", ".join(
+        f"field {field}{f'[{name!r}]' if len(arrays) > 1 else ''} is {describe_value(array)}"
+        for field, arrays in fields.items()
+        for name, array in arrays.items()
+    )
 
 
 def check_masks(place: Place, action: tuple[ActionSpec, ...], masks: dict[str, NDArray[np.bool_]]) -> None:

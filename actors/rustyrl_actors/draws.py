@@ -37,17 +37,30 @@ class SlotDraws:
         """Uniform in [0, 1)."""
         return np.stack([generator.random(size) for generator in self.generators])
 
-    def uniform(self, low: ArrayLike = 0.0, high: ArrayLike = 1.0, size: Size = ()) -> Floats:
-        """Uniform in [low, high); the bounds broadcast against ``size``."""
+    def uniform(self, low: ArrayLike = 0.0, high: ArrayLike = 1.0, size: Size | None = None) -> Floats:
+        """Uniform in [low, high); without ``size`` that is the shape of the bounds."""
         low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
-        drawn: Floats = low + (high - low) * self.random(size)
+        drawn: Floats = low + (high - low) * self.random(_size(size, low, high))
         return drawn
 
-    def normal(self, loc: ArrayLike = 0.0, scale: ArrayLike = 1.0, size: Size = ()) -> Floats:
-        """Normal with this mean and deviation, which broadcast against ``size``."""
-        drawn = np.stack([generator.standard_normal(size) for generator in self.generators])
-        return np.asarray(loc, np.float64) + np.asarray(scale, np.float64) * drawn
+    def normal(self, loc: ArrayLike = 0.0, scale: ArrayLike = 1.0, size: Size | None = None) -> Floats:
+        """Normal with this mean and deviation; without ``size`` that is their shape."""
+        loc, scale = np.asarray(loc, np.float64), np.asarray(scale, np.float64)
+        shape = _size(size, loc, scale)
+        drawn: Floats = loc + scale * np.stack([generator.standard_normal(shape) for generator in self.generators])
+        return drawn
 
     def integers(self, low: int, high: int | None = None, size: Size = ()) -> NDArray[np.int64]:
         """Integers in [low, high), or in [0, low) without ``high``."""
         return np.stack([np.asarray(generator.integers(low, high, size)) for generator in self.generators])
+
+
+def _size(size: Size | None, *bounds: Floats) -> tuple[int, ...]:
+    """The shape of a draw for one slot, which the bounds have to fit."""
+    shape = np.broadcast_shapes(*(bound.shape for bound in bounds))
+    if size is None:
+        return shape
+    wanted = (size,) if isinstance(size, int) else tuple(size)
+    if len(shape) > len(wanted) or any(a not in (1, b) for a, b in zip(shape[::-1], wanted[::-1], strict=False)):
+        raise ValueError(f"bounds of shape {shape} do not fit draws of size {wanted} for a slot")
+    return wanted

@@ -105,7 +105,7 @@ def first_episodes(
         for steps in itertools.count():
             act(rows, action)
             episodes = environment.step(action, rows).episodes
-            _check_finite(spec.env, steps, rows)
+            _check_finite(spec.env, steps, rows, running)
             if episodes is not None:
                 _note_first(episodes, running, first)
             if steps == 0:
@@ -131,8 +131,9 @@ def _note_first(episodes: EpisodeRows, running: NDArray[np.bool_], first: dict[s
     running[slots] = False
 
 
-def _check_finite(env: str, step: int, rows: StepRows) -> None:
+def _check_finite(env: str, step: int, rows: StepRows, running: NDArray[np.bool_]) -> None:
+    """Refuse numbers that are not finite, of the episodes that count and still run."""
     for name, array in {"reward": rows.reward, **rows.observation}.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            slot = int(np.argwhere(~np.isfinite(array))[0][0])
+        if array.dtype.kind == "f" and not np.isfinite(array[running]).all():
+            slot = int(np.argwhere(~np.isfinite(array) & running.reshape(-1, *[1] * (array.ndim - 1)))[0][0])
             raise ContractError(f"{env!r}, slot {slot}, step {step} of an evaluation: {name} is not finite")

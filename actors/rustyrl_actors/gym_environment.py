@@ -42,7 +42,7 @@ def describe_gym(env: str, env_id: str, slots: int, settings: Mapping[str, Any])
             limit = None if known is None else known.kwargs.get("max_episode_steps", known.max_episode_steps)
             seen, acted = made.single_observation_space, made.single_action_space
         arrays = GymReader(env, seen).arrays
-        actions = action_parts(env, acted)
+        actions = action_parts(env, acted, translated=True)
     finally:
         close_all(made)
     threshold = None if known is None else known.reward_threshold

@@ -103,12 +103,15 @@ class GymAction:
     def __init__(self, name: str, space: Space) -> None:
         self.name = name
         self._dtype = space.dtype
+        self._rounds = isinstance(space, spaces.Box) and not np.issubdtype(space.dtype, np.floating)
         self._box = (space.low, space.high) if isinstance(space, spaces.Box) else None
         starts = space.start if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) else 0
         self._start = np.asarray(starts, self._dtype) if np.any(starts) else None
 
     def to_gym(self, value: NDArray[np.generic]) -> NDArray[Any]:
         """`[E, ...]` as the batched space has it."""
+        if self._rounds:
+            value = np.rint(value)
         value = value.astype(self._dtype)
         if self._box is not None:  # a float32 within the bounds may lie outside them as a float64
             return np.clip(value, *self._box, out=value)

@@ -7,7 +7,8 @@ name of any: ``gymnasium.make("rustyrl/World-v0", env="my_game.py:Arena")``.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import gymnasium
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from rustyrl.errors import UsageError
 from rustyrl_actors.catalog import BUILT_IN, find_environment
+from rustyrl_actors.context import Context
 from rustyrl_actors.environment import Arrays, StepRows, TimeStep, allocate_rows
 from rustyrl_actors.joined import JoinedEnvironment
 from rustyrl_actors.spaces import has_parts, leaf_values, leaves, rebuild
@@ -153,6 +155,15 @@ class WorldEnv(gymnasium.Env[Any, Any]):
         return {"action_mask": one}
 
 
+@contextmanager
+def _visit() -> Iterator[None]:
+    """Be in our worlds for a while, and leave the rest of the process as it was."""
+    try:
+        yield
+    finally:
+        Context.hand_back()
+
+
 class _Stepper:
     """The worlds behind both, stepped as one, and the way between their arrays and Gymnasium's values."""
 
@@ -178,29 +189,34 @@ class _Stepper:
         self._environment = JoinedEnvironment([source.make() for _ in range(slots // source.spec.slots)])
         self.spec = self._environment.spec
         self.rows = allocate_rows(self.spec)
+        self._begun = False
         self._parts = self.spec.action
-        self._starts = [getattr(leaf, "start", 0) for _, leaf in leaves(self.action_space)]
         self._dtypes = [leaf.dtype for _, leaf in leaves(self.observation_space)]
 
     def reset(self, seed: tuple[int, ...]) -> None:
         """Start new episodes everywhere."""
-        self._environment.reset(seed, self.rows)
+        with _visit():
+            self._environment.reset(seed, self.rows)
+        self._begun = True
 
     def step(self, action: Any) -> tuple[TimeStep, StepRows]:
         """Step with an action in the form of the batched space; boxes are clipped to their bounds."""
+        if not self._begun:
+            raise gymnasium.error.ResetNeeded("call reset() before step()")
         arrays: Arrays = {}
         values = leaf_values(self.action_space, action)
-        for part, start, value in zip(self._parts, self._starts, values, strict=True):
+        for part, value in zip(self._parts, values, strict=True):
             array = np.asarray(value).reshape(self.spec.slots, *part.shape)
             if part.kind == "discrete":
-                choice = array.astype(np.int64) - start
+                choice = array.astype(np.int64)
                 if ((choice < 0) | (choice >= np.reshape(part.counts, part.shape))).any():
                     raise ValueError(f"action {part.name!r} is {value!r}; expected {self.action_space}")
                 arrays[part.name] = choice
             else:
                 low, high = (np.reshape(bound, part.shape).astype(np.float32) for bound in (part.low, part.high))
                 arrays[part.name] = np.clip(array.astype(np.float32), low, high)
-        return self._environment.step(arrays, self.rows), self.rows
+        with _visit():
+            return self._environment.step(arrays, self.rows), self.rows
 
     def observation(self) -> Any:
         """What every slot sees, copied, in the form of the batched space."""

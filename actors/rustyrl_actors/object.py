@@ -15,7 +15,7 @@ from rustyrl.rollout import EpisodeRows
 from rustyrl.spec import EnvironmentSpec
 from rustyrl_actors.agent import Agent
 from rustyrl_actors.context import Context
-from rustyrl_actors.contract import Place, check_masks, describe_value
+from rustyrl_actors.contract import Place, check_masks, describe_value, fields_text
 from rustyrl_actors.draws import slot_generator
 from rustyrl_actors.environment import Arrays, Masks, StepRows, TimeStep
 from rustyrl_actors.spaces import has_parts
@@ -33,6 +33,7 @@ class Seat:
     given: Any = None  # the observation as the agent has it, if that is one array
     seen: Arrays = field(default_factory=dict)
     masks: Masks = field(default_factory=dict)
+    last: Arrays | None = None  # what it saw when it was cut before the last tick of a step
     length: int = 0
     episode_return: float = 0.0
 
@@ -77,11 +78,22 @@ class ObjectEnvironment:
         self._context.enter()
         self.place.step += 1
         self._elapsed += 1
+        try:
+            return self._step(action, out)
+        except Exception as error:
+            self._note(error)
+            raise
+
+    def close(self) -> None:
+        """Delete the esper world."""
+        self._context.close()
+
+    def _step(self, action: Arrays, out: StepRows) -> TimeStep:
         self._hand_out(action, out)
         for left in self._countdown:
             self.place.tick += 1
             self._tick()
-            if left and all(seat is None or seat.agent.terminated or seat.agent.truncated for seat in self._seats):
+            if left and self._ended_early(out):
                 break
         ended = self._take_in(out)
         if not ended:
@@ -89,9 +101,17 @@ class ObjectEnvironment:
             return TimeStep()
         return self._end_episodes(ended, out)
 
-    def close(self) -> None:
-        """Delete the esper world."""
-        self._context.close()
+    def _note(self, error: Exception) -> None:
+        """Say where the game stood when its own code raised, and what may be behind it."""
+        if isinstance(error, ContractError):
+            return  # it says so itself
+        error.add_note(f"raised in {self.place.text()}")
+        for slot, seat in enumerate(self._seats):
+            if seat is not None and not (seat.agent.terminated or seat.agent.truncated) and not _is_there(seat):
+                error.add_note(
+                    f"entity {seat.entity}, the agent in slot {slot}, was deleted while its episode went on; set "
+                    "agent.terminated or agent.truncated before that"
+                )
 
     def _hand_out(self, action: Arrays, out: StepRows) -> None:
         """Give every agent its action, and clean fields and rows to answer in."""
@@ -103,15 +123,26 @@ class ObjectEnvironment:
                 continue
             agent = seat.agent
             if self._one_action:
-                for name, array in action.items():
-                    agent.action = int(array[slot]) if self._is_number[name] else array[slot]
+                for name, array in action.items():  # a copy, which the game may keep: the arrays are used again
+                    agent.action = int(array[slot]) if self._is_number[name] else array[slot].copy()
             else:
                 agent.action = {
-                    name: int(array[slot]) if self._is_number[name] else array[slot] for name, array in action.items()
+                    name: int(array[slot]) if self._is_number[name] else array[slot].copy()
+                    for name, array in action.items()
                 }
             agent.reward = 0.0
             agent.terminated = agent.truncated = False
             self._point(seat, slot, out)
+
+    def _ended_early(self, out: StepRows) -> bool:
+        """Between two ticks of a step: whether nobody plays on. Who was just cut is looked at while it is there."""
+        playing = [seat for seat in self._seats if seat is not None]
+        cut = [seat for seat in playing if seat.agent.truncated and not seat.agent.terminated and seat.last is None]
+        if cut:
+            self._observe(out, newcomers=False)
+            for seat in cut:
+                seat.last = {name: array.copy() for name, array in seat.seen.items()}
+        return all(seat.agent.terminated or seat.agent.truncated for seat in playing)
 
     def _take_in(self, out: StepRows) -> list[int]:
         """Read rewards and flags; the slots whose episode ended in this step."""
@@ -125,7 +156,8 @@ class ObjectEnvironment:
             terminated, truncated = agent.terminated, agent.truncated
             if terminated is not False or truncated is not False:
                 terminated, truncated = self._flag("terminated", agent, slot), self._flag("truncated", agent, slot)
-            if not terminated and not (unchanged and esper.entity_exists(seat.entity)) and not _is_there(seat):
+            there = (unchanged and esper.entity_exists(seat.entity)) or _is_there(seat)
+            if not there and not terminated and seat.last is None:
                 self._check_leaver(seat, truncated, slot)
             try:
                 reward = float(agent.reward)
@@ -155,6 +187,7 @@ class ObjectEnvironment:
         self._observe(out)
         for slot, seat in zip(ended, leavers, strict=True):
             self._accept(seat, slot)
+            seat.seen = seat.last or seat.seen
         episodes = EpisodeRows(
             slot=np.array(ended, np.int32),
             episode_return=np.array([seat.episode_return for seat in leavers], np.float32),
@@ -172,7 +205,11 @@ class ObjectEnvironment:
         self._known.clear()
         self._listed = None
         self._seats = [None] * self.spec.slots
-        self._world.reset(self._generator)
+        try:
+            self._world.reset(self._generator)
+        except Exception as error:
+            error.add_note(f"raised in reset() of {self.place.text()}")
+            raise
         self._seat_newcomers(out)
         if all(seat is None for seat in self._seats):
             raise ContractError(
@@ -181,12 +218,19 @@ class ObjectEnvironment:
             )
         self._observe(out)
 
-    def _observe(self, out: StepRows) -> None:
+    def _observe(self, out: StepRows, *, newcomers: bool = True) -> None:
         """Seat who is new, have everyone write what they see, and clear the rows of empty slots."""
-        self._seat_newcomers(out)
+        if newcomers:
+            self._seat_newcomers(out)
+        else:
+            self._equip_newcomers(out)
         if None in self._seats:
             self._clear_empty(out)
-        self._world.observe()
+        try:
+            self._world.observe()
+        except (ValueError, TypeError, IndexError) as error:
+            error.add_note(f"raised in observe(); {fields_text(_like(out.observation), _like(out.action_mask))}")
+            raise
         for slot, seat in enumerate(self._seats):
             if seat is not None and (seat.agent.observation is not seat.given or self._masked):
                 self._accept(seat, slot)
@@ -205,6 +249,12 @@ class ObjectEnvironment:
                     self._show(Seat(entity, agent, seen=_like(out.observation), masks=_like(out.action_mask)))
                 else:
                     self._seat(entity, agent, out)
+
+    def _equip_newcomers(self, out: StepRows) -> None:
+        """Give who has no seat yet arrays to write into, in the middle of a step."""
+        for entity, agent in esper.get_component(Agent):
+            if id(agent) not in self._known:
+                self._show(Seat(entity, agent, seen=_like(out.observation), masks=_like(out.action_mask)))
 
     def _clear_empty(self, out: StepRows) -> None:
         empty = [slot for slot, seat in enumerate(self._seats) if seat is None]
@@ -321,8 +371,7 @@ def _like(rows: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 
 def _exactly(value: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     """The same whole numbers in another dtype; raises ValueError if one is not there."""
-    converted = value.astype(dtype)
-    if value.dtype.kind not in "biu" or not np.array_equal(converted, value):
+    if value.dtype.kind not in "biu" or not np.array_equal(converted := value.astype(dtype), value):
         raise ValueError(value.dtype)
     return converted
 

@@ -10,6 +10,7 @@ import esper
 import numpy as np
 from numpy.typing import NDArray
 
+from rustyrl.errors import ContractError
 from rustyrl.weights import Weights, read_policy
 from rustyrl_actors.agent import Agent
 from rustyrl_actors.inference import Policy
@@ -44,8 +45,9 @@ class PolicyProcessor(esper.Processor):
 
     @classmethod
     def from_file(cls, path: Path | str, observe: Callable[[], None] | None = None, every: int = 1) -> PolicyProcessor:
-        """Read a policy file, such as the ``policy.safetensors`` of a run folder."""
-        return cls(read_policy(Path(path)), observe, every)
+        """Read a policy file, or the ``policy.safetensors`` of a run folder."""
+        path = Path(path)
+        return cls(read_policy(path / "policy.safetensors" if path.is_dir() else path), observe, every)
 
     def process(self, *_args: Any, **_kwargs: Any) -> None:
         """Choose an action for every slot of every agent."""
@@ -68,7 +70,11 @@ class PolicyProcessor(esper.Processor):
         """Give an agent the arrays that it lacks; masks that ``observe`` will write allow everything before it does."""
         spec = self._weights.spec
         if agent.observation is None:
-            seen = {array.name: np.zeros(array.shape, array.dtype) for array in spec.observation}
+            # Not a number, where there is such a thing, until somebody has observed.
+            seen = {
+                array.name: np.full(array.shape, np.nan if array.dtype == "float32" else 0, array.dtype)
+                for array in spec.observation
+            }
             agent.observation = seen[SINGLE_ARRAY] if self._one_observation else seen
         masked = [part for part in spec.action if part.masked]
         if not masked:
@@ -104,6 +110,11 @@ class PolicyProcessor(esper.Processor):
             array.name: np.stack([np.asarray(s[array.name], array.dtype) for s in seen])
             for array in self._weights.spec.observation
         }
+        if any(np.isnan(array).any() for array in observation.values() if array.dtype.kind == "f"):
+            raise ContractError(
+                "an Agent's observation was not written before PolicyProcessor acted: give it the world's observe "
+                "(PolicyProcessor.from_file(path, observe=world.observe)), or a lower priority than what observes"
+            )
         mask = {name: np.stack([m[name] for m in masks]) for name in masks[0]}
         action = self._act(len(agents), observation, mask)
         for row, agent in enumerate(agents):

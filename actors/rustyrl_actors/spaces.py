@@ -84,13 +84,24 @@ def observation_arrays(env: str, space: Space) -> tuple[ArraySpec, ...]:
     return tuple(_observation_array(env, name, leaf) for name, leaf in named_once(env, "observation", space))
 
 
-def action_parts(env: str, space: Space, *, masked: bool = False) -> tuple[ActionSpec, ...]:
+def action_parts(env: str, space: Space, *, masked: bool = False, translated: bool = False) -> tuple[ActionSpec, ...]:
     """The parts of an action: Discrete, MultiDiscrete, MultiBinary, Box, and Dicts and Tuples of them.
+
+    Args:
+        env: for messages.
+        space: of one slot.
+        masked: whether its choices come with masks.
+        translated: whether actions are translated for the environment, so that choices may start anywhere and boxes
+            may be of integers.
 
     Raises:
         UsageError: a part is of another kind.
     """
-    parts = tuple(_action_part(env, name, leaf, masked) for name, leaf in named_once(env, "action", space))
+    named = named_once(env, "action", space)
+    for name, leaf in named if not translated else []:
+        if isinstance(leaf, spaces.Discrete | spaces.MultiDiscrete) and np.any(leaf.start):
+            raise UsageError(f"environment {env!r}: action {name!r} is {leaf}; expected choices that start at 0")
+    parts = tuple(_action_part(env, name, leaf, masked, translated) for name, leaf in named)
     if masked and not any(part.masked for part in parts):
         raise UsageError(f"environment {env!r} declares an action mask, but its action space {space} has no choices")
     return parts
@@ -125,7 +136,7 @@ def _observation_array(env: str, name: str, space: Space) -> ArraySpec:
     raise UsageError(f"environment {env!r}: observation {name!r} is {space}; expected {advice}")
 
 
-def _action_part(env: str, name: str, space: Space, masked: bool) -> ActionSpec:
+def _action_part(env: str, name: str, space: Space, masked: bool, translated: bool) -> ActionSpec:
     if isinstance(space, spaces.Discrete):
         return ActionSpec("discrete", name, counts=(int(space.n),), masked=masked)
     if isinstance(space, spaces.MultiDiscrete):
@@ -134,7 +145,7 @@ def _action_part(env: str, name: str, space: Space, masked: bool) -> ActionSpec:
     if isinstance(space, spaces.MultiBinary):
         shape = tuple(map(int, space.shape))
         return ActionSpec("discrete", name, shape, counts=(2,) * int(np.prod(shape)), masked=masked)
-    if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
+    if isinstance(space, spaces.Box) and (translated or np.issubdtype(space.dtype, np.floating)):
         low, high = (
             tuple(np.clip(b.ravel().astype(np.float64), -UNBOUNDED, UNBOUNDED).tolist())
             for b in (space.low, space.high)

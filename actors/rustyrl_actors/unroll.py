@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from rustyrl.rollout import EpisodeRows, Rollout
+from rustyrl.rollout import Rollout, no_episodes
+from rustyrl.spec import EnvironmentSpec
 from rustyrl.stages import Stages
 from rustyrl_actors.contract import check_finite
 from rustyrl_actors.environment import Arrays, Environment, StepRows, TimeStep, join_episodes, rows_of
@@ -93,7 +94,7 @@ def unroll(worlds: list[OwnedWorld], policy: Policy, buffer: UnrollBuffer, stage
             world.now.observation[name][...] = array[-1, columns]
         for name, mask in rollout.action_mask.items():
             world.now.action_mask[name][...] = mask[-1, columns]
-    _collect_ends(rollout, ends)
+    _collect_ends(rollout, worlds[0].environment.spec, ends)
     places = [world.environment.place for world in worlds]
     check_finite(rollout, places, [world.index for world in worlds], worlds[0].next_batch)
     stages.add("act", act_s)
@@ -106,13 +107,12 @@ def _step(world: OwnedWorld, action: Arrays, rows: StepRows, t: int) -> TimeStep
         return world.environment.step(action, rows)
     except Exception as error:
         error.add_note(
-            f"raised by world {world.index} of {world.environment.spec.env!r} in step {t} of batch {world.next_batch}: "
-            f"{world.environment.place.text()}"
+            f"raised by world {world.index} of {world.environment.spec.env!r} in step {t} of batch {world.next_batch}"
         )
         raise
 
 
-def _collect_ends(rollout: Rollout, ends: list[tuple[int, int, TimeStep]]) -> None:
+def _collect_ends(rollout: Rollout, spec: EnvironmentSpec, ends: list[tuple[int, int, TimeStep]]) -> None:
     """Join what the steps said of ended episodes, in time order and by slot within a step."""
     index: list[tuple[int, int]] = []
     seen: dict[str, list[NDArray[np.generic]]] = {name: [] for name in rollout.observation}
@@ -130,9 +130,4 @@ def _collect_ends(rollout: Rollout, ends: list[tuple[int, int, TimeStep]]) -> No
         empty = np.empty((0, *array.shape[2:]), array.dtype)
         rollout.final_observation[name] = np.concatenate(seen[name]) if index else empty
     episodes = [(first, step.episodes) for _, first, step in ends if step.episodes is not None]
-    rollout.episodes = join_episodes(episodes) if episodes else _no_episodes(rollout.episodes)
-
-
-def _no_episodes(like: EpisodeRows) -> EpisodeRows:
-    none, empty = np.empty(0, np.float32), np.empty(0, np.int32)
-    return EpisodeRows(empty, none, empty, dict.fromkeys(like.metrics, none))
+    rollout.episodes = join_episodes(episodes) if episodes else no_episodes(spec)

@@ -9,12 +9,22 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from rustyrl.spec import EnvironmentSpec, MetricSpec
+from rustyrl.errors import UsageError
+from rustyrl.spec import EnvironmentSpec, MetricSpec, read_spec, spec_to_json
 from rustyrl_actors.agent import Agent
 from rustyrl_actors.draws import SlotDraws
 from rustyrl_actors.spaces import action_parts, observation_arrays
 
-__all__ = ["ColumnWorld", "NoParameters", "ObjectWorld", "World", "WorldClass", "WorldInfo", "describe_world"]
+__all__ = [
+    "ColumnWorld",
+    "NoParameters",
+    "ObjectWorld",
+    "World",
+    "WorldClass",
+    "WorldInfo",
+    "as_others_see_it",
+    "describe_world",
+]
 
 Style = Literal["column", "object"]
 
@@ -38,6 +48,22 @@ class WorldInfo(msgspec.Struct, frozen=True, kw_only=True):
     goal: tuple[str, ...] = ()
     evaluate_from: tuple[str, ...] = ()
     defaults: dict[str, dict[str, Any]] = {}
+
+    def __post_init__(self) -> None:
+        for name in ("ticks_per_step", "max_episode_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UsageError(f"WorldInfo.{name} is {value!r}, expected a whole number from 1 on")
+        if not self.step_s > 0:
+            raise UsageError(f"WorldInfo.step_s is {self.step_s!r}, expected seconds of simulated time, more than 0")
+        for name, kind, example in (
+            ("metrics", MetricSpec, "(MetricSpec(...),)"),
+            ("goal", str, "('return_mean>=1',)"),
+            ("evaluate_from", str, "('return_mean>=1',)"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(isinstance(item, kind) for item in value):
+                raise UsageError(f"WorldInfo.{name} is {value!r}, expected a tuple: {example}")
 
 
 class ColumnWorld(Protocol):
@@ -109,7 +135,7 @@ def describe_world(
         defaults: configuration values that go with its style.
     """
     sections = {*defaults, *info.defaults}
-    return EnvironmentSpec(
+    spec = EnvironmentSpec(
         env=env,
         observation=observation_arrays(env, info.observation_space),
         action=action_parts(env, info.action_space, masked=info.action_mask),
@@ -122,3 +148,16 @@ def describe_world(
         parameters=msgspec.to_builtins(parameters),
         defaults={name: {**defaults.get(name, {}), **info.defaults.get(name, {})} for name in sorted(sections)},
     )
+    return as_others_see_it(spec)
+
+
+def as_others_see_it(spec: EnvironmentSpec) -> EnvironmentSpec:
+    """The spec as it is after its way through JSON, so that every process has the same fingerprint of it.
+
+    Raises:
+        UsageError: something in it does not survive that, or is not what it should be.
+    """
+    try:
+        return read_spec(spec_to_json(spec))
+    except (TypeError, ValueError, msgspec.ValidationError) as error:
+        raise UsageError(f"environment {spec.env!r} declares what cannot be sent: {error}") from None

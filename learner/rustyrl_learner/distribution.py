@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -51,11 +52,17 @@ def squash_entropy(mean: Tensor, log_std: Tensor, points: int = QUADRATURE_POINT
 
     There is no closed form; Gauss-Hermite quadrature in each dimension gives it without noise.
     """
-    node, weight = np.polynomial.hermite_e.hermegauss(points)
-    nodes = torch.as_tensor(node, dtype=mean.dtype, device=mean.device)
-    weights = torch.as_tensor(weight / weight.sum(), dtype=mean.dtype, device=mean.device)
+    nodes, weights = _quadrature(points, mean.dtype, mean.device)
     raw = mean[..., None] + log_std.exp()[:, None] * nodes
     return (squash_log_derivative(raw) @ weights).sum(-1)
+
+
+@lru_cache
+def _quadrature(points: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of the expectation under a standard normal."""
+    node, weight = np.polynomial.hermite_e.hermegauss(points)
+    nodes = torch.as_tensor(node, dtype=dtype, device=device)
+    return nodes, torch.as_tensor(weight / weight.sum(), dtype=dtype, device=device)
 
 
 def choice_log_prob(logits: Tensor, choice: Tensor) -> Tensor:

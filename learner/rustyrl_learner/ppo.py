@@ -184,7 +184,8 @@ def _optimizer_step(
     importance = (batch.proximal_log_prob - batch.behavior_log_prob).exp().clamp(max=MAX_IMPORTANCE)
     policy = policy_loss(ratio, importance, advantage, config.clip)
     critic = value_loss(value, batch.value, batch.value_target, config.value_clip)
-    entropy = network.entropy(outputs, batch.action_mask).mean()
+    with torch.set_grad_enabled(config.entropy > 0):  # else it is a figure to look at only
+        entropy = network.entropy(outputs, batch.action_mask).mean()
     loss = policy + config.value_coefficient * critic - config.entropy * entropy
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]

@@ -55,7 +55,7 @@ def keeps_no_rows(subject: Subject) -> None:
 
 
 def observes_within_its_space(subject: Subject) -> None:
-    """Hold every observation against the bounds that the world declares."""
+    """Hold every observation against the bounds that the world declares, last ones of cut episodes included."""
     info = subject.source.info
     if info is None:
         raise DoesNotApplyError("Gymnasium's environments are not held to their bounds")
@@ -67,15 +67,24 @@ def observes_within_its_space(subject: Subject) -> None:
         array = trace.rollout.observation[name]
         out = (array < low) | (array > high)
         out[:-1] &= _occupied(trace, array)
-        if out.any():
-            index = tuple(int(i) for i in np.argwhere(out)[0])
-            where = f"{list(index[2:])}" if index[2:] else ""
-            bounds = " to ".join(str(np.broadcast_to(bound, array.shape[2:])[index[2:]]) for bound in (low, high))
-            raise ViolationError(
-                f"observation {name!r}{where} of slot {index[1]} at step {index[0]} is {array[index]}, its space goes "
-                f"from {bounds}",
-                "widen the bounds of the observation_space (infinite ones are fine), or clip what observe() writes",
-            )
+        for t, slot, *index in np.argwhere(out).tolist()[:1]:
+            raise _outside(name, tuple(index), f"slot {slot} at step {t}", array[t, slot], low, high)
+        for cut in [*cut_ends(trace), *forced_ends(subject)]:
+            last = cut.final_observation[name]
+            for row, *index in np.argwhere((last < low) | (last > high)).tolist()[:1]:
+                where = f"slot {cut.slot[row]}, the last of an episode that was cut,"
+                raise _outside(name, tuple(index), where, last[row], low, high)
+
+
+def _outside(
+    name: str, index: tuple[int, ...], where: str, seen: NDArray[Any], low: NDArray[Any], high: NDArray[Any]
+) -> ViolationError:
+    part = f"{list(index)}" if index else ""
+    bounds = " to ".join(str(np.broadcast_to(bound, seen.shape)[index]) for bound in (low, high))
+    return ViolationError(
+        f"observation {name!r}{part} of {where} is {seen[index]}, its space goes from {bounds}",
+        "widen the bounds of the observation_space (infinite ones are fine), or clip what observe() writes",
+    )
 
 
 def gives_finite_numbers(subject: Subject) -> None:
@@ -143,10 +152,11 @@ def ends_with_flags(subject: Subject) -> None:
     if longest > limit:
         raise ViolationError(f"an episode had {longest} steps, the limit is {limit}", "look at max_episode_steps")
     lengths = np.concatenate([part.length for part in subject.trace().episodes()] or [np.zeros(0, np.int32)])
-    if len(lengths) > rollout.slots and (lengths == 1).all() and rollout.terminated.any():
+    if limit > 1 and len(lengths) > rollout.slots and (lengths == 1).all():
+        how = "terminates" if rollout.terminated.any() else "is truncated"
         raise ViolationError(
-            "every episode terminates in its first step",
-            "flags are cleared before each step: look at the condition that sets agent.terminated",
+            f"every episode {how} in its first step",
+            "flags are cleared before each step: look at the condition that sets agent.terminated or agent.truncated",
         )
 
 

@@ -10,12 +10,14 @@ from typing import Any
 import msgspec
 
 from rustyrl.condition import parse_condition
+from rustyrl.config import build_config
 from rustyrl.errors import ContractError, UsageError
 from rustyrl.figures import EPISODE_FIGURES
 from rustyrl_actors.catalog import GYM_PREFIX, EnvironmentSource, find_environment, find_world
 from rustyrl_actors.environment import allocate_rows
 from rustyrl_actors.testing import checks_episodes as episodes
 from rustyrl_actors.testing import checks_rows as rows
+from rustyrl_actors.testing.checks_episodes import GLOBAL_RANDOM
 from rustyrl_actors.testing.speed import measure_speed
 from rustyrl_actors.testing.subject import DoesNotApplyError, Subject, ViolationError
 from rustyrl_actors.testing.trial import ActionDraws
@@ -53,6 +55,9 @@ CHECKS: dict[str, tuple[Callable[[Subject], None], str]] = {
 }
 
 
+NEED_DETERMINISM = ("clean reset", "independent slots", "independent worlds")  # they compare trials
+
+
 def check_environment(
     env: str,
     env_config: Mapping[str, Any] | None = None,
@@ -85,7 +90,7 @@ def check_environment(
 
     try:
         source = find_environment(env, env_config or {})
-        _check_conditions(source)
+        _check_declared(source)
     except (UsageError, ContractError) as error:
         note(Finding("declaration", False, str(error), "mend the declaration of the world and check again"))
         return findings, {}
@@ -98,19 +103,30 @@ def check_environment(
         try:
             if subject is None:
                 subject = Subject(source, seed, _affordable_steps(source, seed))
+            if name in NEED_DETERMINISM and any(GLOBAL_RANDOM in finding.problem for finding in findings):
+                raise DoesNotApplyError("the global random generators were drawn from, so that nothing can be compared")
             check(subject)
             ok = note(Finding(name, True))
         except DoesNotApplyError as reason:
             ok = note(Finding(name, None, str(reason)))
-        except ViolationError as violation:
-            ok = note(Finding(name, False, violation.problem, violation.remedy))
-        except ContractError as error:
-            ok = note(Finding(name, False, str(error), "mend what the message names"))
         except Exception as error:
-            ok = note(Finding(name, False, _told(error), "the world must step without an error"))
+            ok = note(_finding(name, error))
         if name == "runs" and not ok:
             return findings, {}  # the rest would say the same
-    return findings, measure_speed(source, seed)
+    try:
+        return findings, measure_speed(source, seed)
+    except Exception as error:
+        note(_finding("speed", error))
+        return findings, {}
+
+
+def _finding(name: str, error: Exception) -> Finding:
+    """What went wrong in a check, in words."""
+    if isinstance(error, ViolationError):
+        return Finding(name, False, error.problem, error.remedy)
+    if isinstance(error, ContractError):
+        return Finding(name, False, str(error), "mend what the message names")
+    return Finding(name, False, _told(error), "the world must step without an error")
 
 
 def assert_conforms(env: str, *, seed: int = 1, **env_config: Any) -> None:
@@ -121,8 +137,10 @@ def assert_conforms(env: str, *, seed: int = 1, **env_config: Any) -> None:
         raise AssertionError(f"{env} does not conform:\n" + "\n".join(problems))
 
 
-def _check_conditions(source: EnvironmentSource) -> None:
+def _check_declared(source: EnvironmentSource) -> None:
+    """Conditions that name figures that exist, defaults that the configuration knows."""
     spec = source.spec
+    build_config(spec.defaults)
     known = (*EPISODE_FIGURES, *(metric.name for metric in spec.metrics))
     for where, texts in (("goal", spec.goal), ("evaluate_from", spec.evaluate_from)):
         for condition in map(parse_condition, texts):

@@ -110,7 +110,10 @@ def run_trials(
         for index, environment in enumerate(environments):
             trace = traces[index]
             masks = {name: array[t] for name, array in trace.rollout.action_mask.items()}
-            step = environment.step(draws[index].at(t, masks), rows[index][t])
+            action = draws[index].at(t, masks)
+            step = environment.step(action, rows[index][t])
+            for array in action.values():
+                array.fill(0)  # an actor uses its arrays again
             if step.episodes is not None:
                 trace.ends.append((t, step))
             kept[index].append({name: _written(name, array, t).copy() for name, array in trace.arrays().items()})
@@ -131,14 +134,31 @@ def first_difference(one: Trace, other: Trace, slots: Sequence[int] | None = Non
     found: list[tuple[int, str]] = []
     valid = one.rollout.valid & other.rollout.valid
     for name, array in one.arrays().items():
-        same: NDArray[np.bool_] = np.all(_same(array, other.arrays()[name]).reshape(len(array), count, -1), axis=2)
+        same = _same(array, other.arrays()[name]).reshape(len(array), count, -1)
         if name.startswith(("observation", "action_mask")):
-            same[:-1] |= ~valid  # what stands where there was no agent means nothing
-        for t, slot in np.argwhere(~same[:, chosen])[:1]:
-            at = int(chosen[slot])
-            a, b = array[t, at], other.arrays()[name][t, at]
-            found.append((int(t), f"{name} of slot {at} at step {t}: {_text(a)} against {_text(b)}"))
+            same[:-1] |= ~valid[:, :, None]  # what stands where there was no agent means nothing
+        for t, slot, _ in np.argwhere(~same[:, chosen])[:1]:
+            where = np.argwhere(~_same(array[t, chosen[slot]], other.arrays()[name][t, chosen[slot]]))[0]
+            values = (values[t, chosen[slot]][tuple(where)] for values in (array, other.arrays()[name]))
+            at = f"[{', '.join(map(str, where))}]" if len(where) else ""
+            found.append(
+                (int(t), f"{name}{at} of slot {chosen[slot]} at step {t}: {' against '.join(map(str, values))}")
+            )
+    found += _episode_difference(one, other, set(chosen.tolist()))
     return min(found, default=(0, ""))[1]
+
+
+def _episode_difference(one: Trace, other: Trace, slots: set[int]) -> list[tuple[int, str]]:
+    """Where the world's figures of ended episodes differ first; when they end is in the flags."""
+    for (t, step), (other_t, other_step) in zip(one.ends, other.ends, strict=False):
+        mine, theirs = step.episodes, other_step.episodes
+        if mine is None or theirs is None or t != other_t or not np.array_equal(mine.slot, theirs.slot):
+            continue
+        for name, values in mine.metrics.items():
+            for slot, a, b in zip(mine.slot.tolist(), values.tolist(), theirs.metrics[name].tolist(), strict=True):
+                if slot in slots and a != b and not (np.isnan(a) and np.isnan(b)):
+                    return [(t, f"episode metric {name!r} of slot {slot} at step {t}: {a:.6g} against {b:.6g}")]
+    return []
 
 
 def _allocate(spec: EnvironmentSpec, steps: int, poison: int) -> Trace:
@@ -174,11 +194,9 @@ def _written(name: str, array: NDArray[Any], t: int) -> NDArray[Any]:
 
 def _same(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.bool_]:
     """Equal, numbers that are not finite included."""
-    equal: NDArray[np.bool_] = one == other
+    if one.dtype == np.bool_:  # of a byte that is neither False nor True, numpy says that it is True
+        one, other = one.view(np.uint8), other.view(np.uint8)
+    equal = np.asarray(one == other)
     if one.dtype.kind == "f":
-        equal |= np.isnan(one) & np.isnan(other)
+        equal = equal | (np.isnan(one) & np.isnan(other))
     return equal
-
-
-def _text(value: NDArray[Any]) -> str:
-    return np.array2string(np.asarray(value), precision=6, threshold=6)
