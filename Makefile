@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format clean
+.PHONY: help setup train test test-slow check format clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ check: $(STAMP) ## the quick part of the tests: format, lint, types, import cont
 
 test: check ## everything that CI runs
 	$(BIN)/pytest -n auto --dist worksteal
+
+test-slow: $(STAMP) ## longer forms of some tests, which the default run leaves out
+	$(BIN)/pytest -m slow
 
 format: $(STAMP) ## format and mend what can be mended
 	$(BIN)/ruff format .

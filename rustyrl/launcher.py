@@ -168,12 +168,15 @@ class Launcher:
 
         def retire(child: Child) -> None:
             known = any(actor["pid"] == child.pid and actor["ready"] for actor in self._report.get("actors", []))
-            if now or not known:
-                child.signal(signal.SIGTERM)
-            else:
+            if known and not now:
                 self._order(control, {"kind": "retire", "pid": child.pid})
+            else:
+                child.signal(signal.SIGKILL)  # also one that is stopped
 
         self._supervisor.scale(wanted, retire)
+        for berth in self._supervisor.berths if now else []:
+            if berth.leaving and berth.child is not None:  # one that was to finish its tickets, too
+                berth.child.signal(signal.SIGKILL)
         self._actors_wanted = wanted
         worlds = self._config.batch.worlds
         note = ""

@@ -118,11 +118,6 @@ class Supervisor:
             self.berths.remove(berth)
         return deaths
 
-    def interrupt(self) -> None:
-        """Forget about restarts: the run is being ended."""
-        for berth in self.berths:
-            berth.restart_at = None
-
     def _bury(self, berth: Berth, child: Child, now: float, replace: bool) -> Death:
         code, tail = child.process.returncode, child.tail()
         pause: float | None = None
