@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
 import esper
 import numpy as np
 from numpy.typing import NDArray
@@ -17,25 +13,11 @@ from rustyrl_actors.agent import Agent
 from rustyrl_actors.context import Context
 from rustyrl_actors.contract import Place, check_masks, describe_value, fields_text
 from rustyrl_actors.draws import slot_generator
-from rustyrl_actors.environment import Arrays, Masks, StepRows, TimeStep
-from rustyrl_actors.spaces import has_parts
+from rustyrl_actors.environment import Arrays, StepRows, TimeStep
+from rustyrl_actors.seat import Form, Seat, arrays_like
 from rustyrl_actors.world import ObjectWorld
 
 __all__ = ["ObjectEnvironment"]
-
-
-@dataclass(slots=True, eq=False)
-class Seat:
-    """An agent in a slot, the arrays by name that it was given to write into, and its episode so far."""
-
-    entity: int
-    agent: Agent
-    given: Any = None  # the observation as the agent has it, if that is one array
-    seen: Arrays = field(default_factory=dict)
-    masks: Masks = field(default_factory=dict)
-    last: Arrays | None = None  # what it saw when it was cut before the last tick of a step
-    length: int = 0
-    episode_return: float = 0.0
 
 
 class ObjectEnvironment:
@@ -53,10 +35,7 @@ class ObjectEnvironment:
         self._countdown = range(world.info.ticks_per_step - 1, -1, -1)
         self._stagger = stagger
         self._context = Context(global_random=getattr(world, "global_random", False))
-        self._one_observation = not has_parts(world.info.observation_space)
-        self._one_action = not has_parts(world.info.action_space)
-        self._masked = any(part.masked for part in spec.action)
-        self._is_number = {part.name: part.kind == "discrete" and not part.shape for part in spec.action}
+        self._form = Form(world.info, spec)
         self._generator = slot_generator((0,), 0)
         self._elapsed = 0
         self._seats: list[Seat | None] = [None] * spec.slots
@@ -122,17 +101,10 @@ class ObjectEnvironment:
                 out.terminated[slot] = out.truncated[slot] = False
                 continue
             agent = seat.agent
-            if self._one_action:
-                for name, array in action.items():  # a copy, which the game may keep: the arrays are used again
-                    agent.action = int(array[slot]) if self._is_number[name] else array[slot].copy()
-            else:
-                agent.action = {
-                    name: int(array[slot]) if self._is_number[name] else array[slot].copy()
-                    for name, array in action.items()
-                }
+            self._form.hand_out(action, seat, slot)
             agent.reward = 0.0
             agent.terminated = agent.truncated = False
-            self._point(seat, slot, out)
+            self._form.point(seat, slot, out)
 
     def _ended_early(self, out: StepRows) -> bool:
         """Between two ticks of a step: whether nobody plays on. Who was just cut is looked at while it is there."""
@@ -181,12 +153,12 @@ class ObjectEnvironment:
             # What it sees last it writes aside: another agent may take its slot, and with it its row, at once.
             seat.seen = {name: array.copy() for name, array in seat.seen.items()}
             seat.masks = {name: array.copy() for name, array in seat.masks.items()}
-            self._show(seat)
+            self._form.show(seat)
             self._seats[slot] = None
             leavers.append(seat)
         self._observe(out)
         for slot, seat in zip(ended, leavers, strict=True):
-            self._accept(seat, slot)
+            self._form.accept(seat, slot, self.place)
             seat.seen = seat.last or seat.seen
         episodes = EpisodeRows(
             slot=np.array(ended, np.int32),
@@ -229,12 +201,14 @@ class ObjectEnvironment:
         try:
             self._world.observe()
         except (ValueError, TypeError, IndexError) as error:
-            error.add_note(f"raised in observe(); {fields_text(_like(out.observation), _like(out.action_mask))}")
+            error.add_note(
+                f"raised in observe(); {fields_text(arrays_like(out.observation), arrays_like(out.action_mask))}"
+            )
             raise
         for slot, seat in enumerate(self._seats):
-            if seat is not None and (seat.agent.observation is not seat.given or self._masked):
-                self._accept(seat, slot)
-        if self._masked:
+            if seat is not None:
+                self._form.accept(seat, slot, self.place)
+        if self._form.masked:
             check_masks(self.place, self.spec.action, out.action_mask)
 
     def _seat_newcomers(self, out: StepRows) -> None:
@@ -246,7 +220,9 @@ class ObjectEnvironment:
             if id(agent) not in self._known and esper.entity_exists(entity):
                 self._known[id(agent)] = agent
                 if agent.terminated or agent.truncated:  # it ended before its first observation: no episode, no seat
-                    self._show(Seat(entity, agent, seen=_like(out.observation), masks=_like(out.action_mask)))
+                    self._form.show(
+                        Seat(entity, agent, seen=arrays_like(out.observation), masks=arrays_like(out.action_mask))
+                    )
                 else:
                     self._seat(entity, agent, out)
 
@@ -254,7 +230,9 @@ class ObjectEnvironment:
         """Give who has no seat yet arrays to write into, in the middle of a step."""
         for entity, agent in esper.get_component(Agent):
             if id(agent) not in self._known:
-                self._show(Seat(entity, agent, seen=_like(out.observation), masks=_like(out.action_mask)))
+                self._form.show(
+                    Seat(entity, agent, seen=arrays_like(out.observation), masks=arrays_like(out.action_mask))
+                )
 
     def _clear_empty(self, out: StepRows) -> None:
         empty = [slot for slot, seat in enumerate(self._seats) if seat is None]
@@ -271,60 +249,7 @@ class ObjectEnvironment:
             )
         slot = self._seats.index(None)
         seat = self._seats[slot] = Seat(entity, agent)
-        self._point(seat, slot, out)
-
-    def _point(self, seat: Seat, slot: int, out: StepRows) -> None:
-        """Point an agent at the rows of its slot."""
-        if self._one_observation:
-            for name, array in out.observation.items():
-                seat.given = seat.seen[name] = seat.agent.observation = array[slot, ...]
-        else:
-            seat.seen = {name: array[slot, ...] for name, array in out.observation.items()}
-            seat.agent.observation = seat.seen.copy()
-        if self._masked:
-            seat.masks = {name: array[slot] for name, array in out.action_mask.items()}
-            for mask in seat.masks.values():
-                mask.fill(True)
-            self._show_masks(seat)
-
-    def _show(self, seat: Seat) -> None:
-        """Give the agent the arrays of its seat in the form of its spaces."""
-        seat.agent.observation = next(iter(seat.seen.values())) if self._one_observation else seat.seen.copy()
-        if self._masked:
-            self._show_masks(seat)
-
-    def _show_masks(self, seat: Seat) -> None:
-        seat.agent.action_mask = next(iter(seat.masks.values())) if self._one_action else seat.masks.copy()
-
-    def _accept(self, seat: Seat, slot: int) -> None:
-        """Copy in what was put in place of the arrays that were given, if it fits."""
-        self._accept_field("observation", seat.agent.observation, seat.seen, self._one_observation, slot)
-        if self._masked:
-            self._accept_field("action_mask", seat.agent.action_mask, seat.masks, self._one_action, slot)
-
-    def _accept_field(self, what: str, found: Any, given: Arrays | Masks, single: bool, slot: int) -> None:
-        if single:
-            for name, array in given.items():
-                if found is array:
-                    return
-                found = {name: found}
-        elif not isinstance(found, dict) or found.keys() != given.keys():
-            names = sorted(found) if isinstance(found, dict) else describe_value(found)
-            raise self.place.error(what, f"a dict of {sorted(given)}", str(names), slot)
-        for name, array in given.items():
-            if found[name] is array:
-                continue
-            try:
-                value = np.asarray(found[name])
-                if value.shape != array.shape:
-                    raise ValueError(value.shape)
-                if not np.can_cast(value.dtype, array.dtype, "same_kind"):
-                    value = _exactly(value, array.dtype)
-                np.copyto(array, value, casting="same_kind")
-            except (TypeError, ValueError):
-                where = what if single else f"{what}[{name!r}]"
-                expected = f"numbers that fit {describe_value(array)}"
-                raise self.place.error(where, expected, describe_value(found[name]), slot) from None
+        self._form.point(seat, slot, out)
 
     def _check_leaver(self, seat: Seat, truncated: bool, slot: int) -> None:
         """Refuse an agent that is gone and did not end, or that was cut and cannot be looked at any more."""
@@ -362,18 +287,6 @@ class ObjectEnvironment:
 def _is_there(seat: Seat) -> bool:
     """Whether the entity lives and still has this very Agent."""
     return esper.entity_exists(seat.entity) and esper.try_component(seat.entity, Agent) is seat.agent
-
-
-def _like(rows: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Arrays of one slot for who has none to write into."""
-    return {name: np.zeros_like(array[0]) for name, array in rows.items()}
-
-
-def _exactly(value: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The same whole numbers in another dtype; raises ValueError if one is not there."""
-    if value.dtype.kind not in "biu" or not np.array_equal(converted := value.astype(dtype), value):
-        raise ValueError(value.dtype)
-    return converted
 
 
 def _by_entity(item: tuple[int, Agent]) -> int:
