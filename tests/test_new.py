@@ -30,7 +30,7 @@ def test_a_new_project_passes_its_tests_conforms_and_trains(tmp_path, style):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_a_new_project_trains_with_its_configuration(tmp_path, style):
-    folder, world = new_project("hunt", style, tmp_path)
+    folder, world = new_project(f"{style}_chase", style, tmp_path)
     code, _, err = rustyrl(
         "train", world, "--config", "config.toml", "--run", "run", "--actors", "1", "--json", "--set",
         "run.max_seconds=1", "--set", "run.eval_episodes=4", cwd=folder,
@@ -45,7 +45,7 @@ def test_a_new_project_trains_with_its_configuration(tmp_path, style):
         ("two words", "object", "does not serve as the name of a module"),
         ("class", "object", "does not serve as the name of a module"),
         ("json", "object", "there is a module 'json' already"),
-        ("arena", "row", "there is no style 'row'; expected object or column"),
+        ("keepsake", "row", "there is no style 'row'; expected object or column"),
     ],
 )
 def test_a_name_or_style_that_does_not_serve_is_refused_and_nothing_is_written(tmp_path, name, style, message):
@@ -55,8 +55,8 @@ def test_a_name_or_style_that_does_not_serve_is_refused_and_nothing_is_written(t
 
 
 def test_nothing_is_overwritten(tmp_path):
-    folder, _ = new_project("arena", "column", tmp_path)
-    (folder / "arena.py").write_text("mine")
+    folder, _ = new_project("keepsake", "column", tmp_path)
+    (folder / "keepsake.py").write_text("mine")
     with pytest.raises(UsageError, match="exists already"):
-        new_project("arena", "column", tmp_path)
-    assert (folder / "arena.py").read_text() == "mine"
+        new_project("keepsake", "column", tmp_path)
+    assert (folder / "keepsake.py").read_text() == "mine"
