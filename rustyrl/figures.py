@@ -9,9 +9,14 @@ from numpy.typing import NDArray
 
 from rustyrl.spec import EnvironmentSpec
 
-__all__ = ["EPISODE_FIGURES", "episode_figures"]
+__all__ = ["EPISODE_FIGURES", "episode_figures", "known_figures"]
 
 EPISODE_FIGURES = ("return_mean", "return_std", "length_mean")  # what every environment has, beside its own metrics
+
+
+def known_figures(spec: EnvironmentSpec) -> tuple[str, ...]:
+    """The names that a condition on episodes of this environment may use."""
+    return (*EPISODE_FIGURES, *(metric.name for metric in spec.metrics))
 
 
 def episode_figures(

@@ -71,7 +71,7 @@ class Launcher:
             config.cluster.restart_window_s,
         )
         self._dead: list[int] = []  # process ids
-        self._actors_wanted = default_actors() if config.cluster.actors < 0 else config.cluster.actors
+        self._supervisor.wanted = default_actors() if config.cluster.actors < 0 else config.cluster.actors
         self._link = ""
         self._stop_asked = 0
         self._awaiting_checkpoint: list[bytes] = []  # who asked for one
@@ -111,7 +111,7 @@ class Launcher:
     def _start(self, control: ControlServer) -> None:
         config, cluster = self._config, self._config.cluster
         listen = self._folder.socket_address("link") if cluster.listen == "ipc" else loopback_address(cluster.listen)
-        actors = self._actors_wanted
+        actors = self._supervisor.wanted
         expect = max(1, actors) if cluster.expect < 0 else cluster.expect
         if config.batch.max_policy_lag > 1:
             self._progress.say(
@@ -149,7 +149,7 @@ class Launcher:
 
     def _start_actors(self, link: str) -> None:
         self._link = link
-        self._supervisor.scale(self._actors_wanted, lambda _: None)
+        self._supervisor.scale(self._supervisor.wanted, lambda _: None)
 
     def _start_actor(self, index: int) -> Child:
         log = self._folder.path / "logs" / f"actor-{index}.log"
@@ -177,7 +177,6 @@ class Launcher:
         for berth in self._supervisor.berths if now else []:
             if berth.leaving and berth.child is not None:  # one that was to finish its tickets, too
                 berth.child.signal(signal.SIGKILL)
-        self._actors_wanted = wanted
         worlds = self._config.batch.worlds
         note = ""
         if wanted > worlds:
@@ -213,7 +212,7 @@ class Launcher:
                     self._order(control, {"kind": "actor_died", "pid": pid})
                 if not self._supervisor.berths and self._stop_reason is None:
                     self._start_actors(self._link)
-                if not self._actors_wanted:
+                if not self._supervisor.wanted:
                     self._progress.say(f"listening on {self._link}: rustyrl actor --join {self._link}")
             case "report":
                 self._report = message
@@ -300,7 +299,7 @@ class Launcher:
     def _check_actors_left(self) -> None:
         """Fail when every actor has ended for good, and nobody joined by hand."""
         supervisor = self._supervisor
-        if not supervisor.wanted or len(supervisor.berths) < self._actors_wanted or supervisor.any_running:
+        if not supervisor.wanted or len(supervisor.berths) < supervisor.wanted or supervisor.any_running:
             self._alone_since = None
             return
         ours = {child.pid for child in supervisor.children}
@@ -460,7 +459,7 @@ class Launcher:
             ],
             "actors_started": len(self._supervisor.berths),
             "actors_alive": sum(berth.running for berth in self._supervisor.berths),
-            "actors_wanted": self._actors_wanted,
+            "actors_wanted": self._supervisor.wanted,
             "tickets": self._report.get("tickets", {}),
             "eval": self._judge.evaluation,
             "goal": [str(condition) for condition in self._judge.goal],
@@ -476,7 +475,7 @@ class Launcher:
             left=self._left(),
             learner=self._report,
             actors_alive=ready,
-            actors_started=max(ready, self._actors_wanted),
+            actors_started=max(ready, self._supervisor.wanted),
             evaluation=self._judge.evaluation,
         )
 

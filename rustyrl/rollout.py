@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +17,11 @@ __all__ = [
     "RolloutOrigin",
     "Ticket",
     "allocate_rollout",
+    "first_final_not_finite",
+    "first_not_finite",
     "no_episodes",
     "rollout_arrays",
+    "vanished",
 ]
 
 ALIGNMENT_BYTES = 64  # a cache line: every array of a rollout starts on one
@@ -104,6 +109,37 @@ class Rollout:
     def slots(self) -> int:
         """W."""
         return int(self.reward.shape[1])
+
+
+def vanished(rollout: Rollout) -> NDArray[np.bool_]:
+    """`[T-1, W]` bool, the steps after which an agent is gone although its episode did not end."""
+    ended = rollout.terminated | rollout.truncated
+    gone: NDArray[np.bool_] = rollout.valid[:-1] & ~rollout.valid[1:] & ~ended[:-1]
+    return gone
+
+
+def first_not_finite(rollout: Rollout, numbers: Mapping[str, NDArray[Any]]) -> tuple[int, int, str] | None:
+    """Where an agent's numbers, `[T, W, ...]` or one row more, are not finite first: (t, slot, what), None if nowhere.
+
+    What stands where there was no agent means nothing, and is passed over.
+    """
+    for name, array in numbers.items():
+        if array.dtype.kind != "f" or np.isfinite(array).all():
+            continue
+        for t, slot in np.argwhere(~np.isfinite(array))[:, :2]:
+            if t >= rollout.unroll_length or rollout.valid[t, slot]:
+                value = array[t, slot].ravel()
+                return int(t), int(slot), f"{name} holds {value[~np.isfinite(value)][0]}"
+    return None
+
+
+def first_final_not_finite(rollout: Rollout) -> tuple[int, int, str] | None:
+    """The same for final observations."""
+    for name, array in rollout.final_observation.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            t, slot = rollout.final_index[int(np.argwhere(~np.isfinite(array))[0][0])]
+            return int(t), int(slot), f"the final observation {name!r} is not finite"
+    return None
 
 
 def rollout_arrays(spec: EnvironmentSpec, unroll_length: int, slots: int) -> list[ArraySpec]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import msgspec
 from msgspec import Meta
@@ -33,7 +33,7 @@ Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z_][A-Z
 Shape = Annotated[tuple[Annotated[int, Meta(ge=0, le=2**31)], ...], Meta(max_length=16)]
 DTypeName = Literal["float32", "int32", "int64", "uint8", "bool"]
 Scalar = bool | int | float | str
-AGGREGATES = ("mean", "median")
+Aggregate = Literal["mean", "median"]
 UNBOUNDED = 3.4028234663852886e38  # the largest float32: clipping to it changes nothing
 
 
@@ -100,6 +100,11 @@ class ActionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def width(self) -> int:
         """How many numbers it holds."""
         return math.prod(self.shape)
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is one choice without a shape: a plain whole number to whoever acts for one slot."""
+        return self.kind == "discrete" and not self.shape
 
     @property
     def output_width(self) -> int:
@@ -172,13 +177,12 @@ class MetricSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: Name
     episode_metric: Name
-    aggregate: Literal["mean", "median"]
+    aggregate: Aggregate
 
     def __post_init__(self) -> None:
-        if self.aggregate not in AGGREGATES:
-            raise ValueError(
-                f"metric {self.name!r}: aggregate is {self.aggregate!r}, expected {' or '.join(AGGREGATES)}"
-            )
+        known = get_args(Aggregate)
+        if self.aggregate not in known:
+            raise ValueError(f"metric {self.name!r}: aggregate is {self.aggregate!r}, expected {' or '.join(known)}")
 
 
 class EnvironmentSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

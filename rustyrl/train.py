@@ -13,7 +13,7 @@ from rustyrl.condition import parse_condition
 from rustyrl.config import Config, build_config, read_config
 from rustyrl.describe import describe
 from rustyrl.errors import RunFailedError, UsageError
-from rustyrl.figures import EPISODE_FIGURES
+from rustyrl.figures import known_figures
 from rustyrl.interrupts import Interrupts
 from rustyrl.launcher import Launcher
 from rustyrl.progress import Progress, make_progress
@@ -67,7 +67,7 @@ def _check(config: Config, spec: EnvironmentSpec, run: Path | None, resume: bool
     missing = [name for name in ("torch", "tensorboard") if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"training needs {' and '.join(missing)}: pip install 'rustyrl[learner]'")
-    known = (*EPISODE_FIGURES, *(metric.name for metric in spec.metrics))
+    known = known_figures(spec)
     conditions = {"--stop-at": config.run.stop_at, "its goal": spec.goal, "its evaluate_from": spec.evaluate_from}
     for source, texts in conditions.items():
         for condition in map(parse_condition, texts):

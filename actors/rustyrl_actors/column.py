@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rustyrl.errors import ContractError
-from rustyrl.rollout import EpisodeRows
 from rustyrl.spec import EnvironmentSpec
 from rustyrl_actors.agent import Agent
 from rustyrl_actors.context import Context
 from rustyrl_actors.contract import Place, check_masks, describe_value, fields_text
 from rustyrl_actors.draws import SlotDraws, slot_generator
 from rustyrl_actors.environment import Arrays, StepRows, TimeStep
-from rustyrl_actors.spaces import has_parts
+from rustyrl_actors.spaces import has_parts, in_form
+from rustyrl_actors.tally import EpisodeTally
 from rustyrl_actors.world import ColumnWorld
 
 __all__ = ["ColumnEnvironment"]
@@ -48,8 +48,7 @@ class ColumnEnvironment:
         self._one_action = not has_parts(world.info.action_space)
         self._all = np.arange(spec.slots)
         self._elapsed = np.zeros(spec.slots, np.int32)
-        self._length = np.zeros(spec.slots, np.int32)
-        self._return = np.zeros(spec.slots, np.float64)
+        self._tally = EpisodeTally(spec.slots)
         self._ended = np.zeros(spec.slots, bool)
         self._generators: list[np.random.Generator] = []
 
@@ -59,6 +58,7 @@ class ColumnEnvironment:
         self._generators = [slot_generator(seed, slot) for slot in range(self.spec.slots)]
         self._context.enter()
         self._point_at(out)
+        self._tally.clear()
         try:
             self._begin(self._all)
         except Exception as error:
@@ -76,7 +76,7 @@ class ColumnEnvironment:
         agent, place = self._agent, self.place
         place.step += 1
         own = {name: array.copy() for name, array in action.items()}  # the world may keep it: the arrays are used again
-        agent.action = next(iter(own.values())) if self._one_action else own
+        agent.action = in_form(own, single=self._one_action)
         agent.reward, agent.terminated, agent.truncated, agent.valid = (
             out.reward,
             out.terminated,
@@ -100,8 +100,7 @@ class ColumnEnvironment:
         self._check_written_into(out)
 
         self._elapsed += 1
-        self._length += 1
-        self._return += out.reward
+        self._tally.add(out.reward)
         np.logical_or(out.truncated, self._elapsed >= self.spec.max_episode_steps, out=out.truncated)
         np.logical_and(out.truncated, ~out.terminated, out=out.truncated)  # if both, terminated wins
         np.logical_or(out.terminated, out.truncated, out=self._ended)
@@ -120,12 +119,11 @@ class ColumnEnvironment:
     def _point_at(self, out: StepRows) -> None:
         """Show the agent the rows that observations and masks are written into; masks allow all to start with."""
         agent = self._agent
-        self._given = out.observation.copy()
-        agent.observation = self._given[next(iter(self._given))] if self._one_observation else self._given.copy()
+        agent.observation = in_form(out.observation, single=self._one_observation)
         if out.action_mask:
             for mask in out.action_mask.values():
                 mask.fill(True)
-            agent.action_mask = next(iter(out.action_mask.values())) if self._one_action else out.action_mask.copy()
+            agent.action_mask = in_form(out.action_mask, single=self._one_action)
 
     def _check_agent(self) -> None:
         agent, spec = self._agent, self.spec
@@ -172,13 +170,9 @@ class ColumnEnvironment:
     def _end_episodes(self, out: StepRows) -> TimeStep:
         ended = np.flatnonzero(self._ended)
         final = {name: array[ended] for name, array in out.observation.items()}
-        episodes = EpisodeRows(
-            slot=ended.astype(np.int32),
-            episode_return=self._return[ended].astype(np.float32),
-            length=self._length[ended].copy(),
-            metrics={
-                name: self._agent.episode_metrics[name][ended].astype(np.float32) for name in self.spec.episode_metrics
-            },
+        metrics = self._agent.episode_metrics
+        episodes = self._tally.take(
+            ended, {name: metrics[name][ended].astype(np.float32) for name in self.spec.episode_metrics}
         )
         for mask in out.action_mask.values():
             mask[ended] = True
@@ -188,6 +182,4 @@ class ColumnEnvironment:
 
     def _begin(self, rows: NDArray[np.intp]) -> None:
         self._elapsed[rows] = 0
-        self._length[rows] = 0
-        self._return[rows] = 0.0
         self._world.reset(rows, SlotDraws([self._generators[row] for row in rows]))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rustyrl.errors import ContractError
-from rustyrl.rollout import Rollout
+from rustyrl.rollout import Rollout, first_final_not_finite, first_not_finite
 from rustyrl.spec import ActionSpec
 
 __all__ = ["Place", "check_finite", "check_masks", "describe_value", "fields_text"]
@@ -84,25 +84,14 @@ def check_finite(rollout: Rollout, places: list[Place], worlds: list[int], batch
     """
     numbers: dict[str, NDArray[Any]] = {f"observation {name!r}": a for name, a in rollout.observation.items()}
     numbers["reward"] = rollout.reward
-    last = rollout.unroll_length - 1
-
-    def error(t: int, slot: int, what: str) -> ContractError:
-        slots = rollout.slots // len(places)
-        place = places[slot // slots]
-        return ContractError(
-            f"world {worlds[slot // slots]} of {place.env!r}, slot {slot % slots}, step {t} of batch {batch}: {what}; "
-            f"a world must give finite numbers (env step {place.step - last + t} after reset with seed {place.seed})"
-        )
-
-    for name, array in numbers.items():
-        if array.dtype.kind != "f" or np.isfinite(array).all():
-            continue
-        for t, slot in np.argwhere(~np.isfinite(array))[:, :2]:
-            if t <= last and not rollout.valid[t, slot]:
-                continue  # what stands where there was no agent means nothing
-            value = array[t, slot].ravel()
-            raise error(int(t), int(slot), f"{name} holds {value[~np.isfinite(value)][0]}")
-    for name, array in rollout.final_observation.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            t, slot = rollout.final_index[int(np.argwhere(~np.isfinite(array))[0][0])]
-            raise error(int(t), int(slot), f"the final observation {name!r} is not finite")
+    found = first_not_finite(rollout, numbers) or first_final_not_finite(rollout)
+    if found is None:
+        return
+    t, slot, what = found
+    slots = rollout.slots // len(places)
+    place = places[slot // slots]
+    step = place.step - rollout.unroll_length + 1 + t
+    raise ContractError(
+        f"world {worlds[slot // slots]} of {place.env!r}, slot {slot % slots}, step {t} of batch {batch}: {what}; "
+        f"a world must give finite numbers (env step {step} after reset with seed {place.seed})"
+    )

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from rustyrl.rollout import EpisodeRows
 from rustyrl.spec import EnvironmentSpec
 from rustyrl_actors.contract import Place
 from rustyrl_actors.environment import Arrays, StepRows, TimeStep
 from rustyrl_actors.gym_copies import GymBatch, GymCopies, close_all, make_gym
 from rustyrl_actors.gym_values import GymAction, GymReader
 from rustyrl_actors.spaces import action_parts, leaves
+from rustyrl_actors.tally import EpisodeTally
 
 __all__ = ["GYM_EVALUATION_SLOTS", "GYM_SLOTS", "GymEnvironment", "describe_gym"]
 
@@ -77,14 +77,12 @@ class GymEnvironment:
         made = make_gym(spec.env, spec.env.partition(":")[2], spec.slots, settings, copies=spec.slots)
         self._copies = GymCopies(spec.env, made) if isinstance(made, list) else GymBatch(spec.env, made)
         self._acted = [GymAction(name, leaf) for name, leaf in leaves(self._copies.action_space)]
-        self._length = np.zeros(spec.slots, np.int32)
-        self._return = np.zeros(spec.slots, np.float64)
+        self._tally = EpisodeTally(spec.slots)
 
     def reset(self, seed: tuple[int, ...], out: StepRows) -> None:
         """Start new episodes in every slot, write their first observation, and seed what follows."""
         self.place = Place(self.spec.env, seed)
-        self._length[:] = 0
-        self._return[:] = 0.0
+        self._tally.clear()
         seeds = [np.random.SeedSequence((*seed, slot)).generate_state(1)[0] for slot in range(self.spec.slots)]
         self._copies.reset([int(one) >> 1 for one in seeds], out.observation)  # 31 bits: not all take 32
 
@@ -94,20 +92,10 @@ class GymEnvironment:
         self.place.tick += 1
         final = self._copies.step([acted.to_gym(action[acted.name]) for acted in self._acted], out)
         np.logical_and(out.truncated, ~out.terminated, out=out.truncated)  # if both, terminated wins
-        self._length += out.valid
-        self._return += out.reward
+        self._tally.add(out.reward, out.valid)
         if final is None:
             return TimeStep()
-        slots = np.flatnonzero(out.terminated | out.truncated)
-        episodes = EpisodeRows(
-            slot=slots.astype(np.int32),
-            episode_return=self._return[slots].astype(np.float32),
-            length=self._length[slots].copy(),
-            metrics={},
-        )
-        self._length[slots] = 0
-        self._return[slots] = 0.0
-        return TimeStep(episodes, final)
+        return TimeStep(self._tally.take(np.flatnonzero(out.terminated | out.truncated), {}), final)
 
     def close(self) -> None:
         """Close every copy."""

@@ -22,7 +22,7 @@ from rustyrl_actors.catalog import BUILT_IN, find_environment
 from rustyrl_actors.context import Context
 from rustyrl_actors.environment import Arrays, StepRows, TimeStep, allocate_rows
 from rustyrl_actors.joined import JoinedEnvironment
-from rustyrl_actors.spaces import has_parts, leaf_values, leaves, rebuild
+from rustyrl_actors.spaces import has_parts, in_form, leaf_values, leaves, rebuild
 
 __all__ = ["WorldEnv", "WorldVectorEnv", "register_worlds"]
 
@@ -191,6 +191,11 @@ class _Stepper:
         self.rows = allocate_rows(self.spec)
         self._begun = False
         self._parts = self.spec.action
+        self._bounds = {
+            part.name: [np.reshape(bound, part.shape).astype(np.float32) for bound in (part.low, part.high)]
+            for part in self._parts
+            if part.kind == "box"
+        }
         self._dtypes = [leaf.dtype for _, leaf in leaves(self.observation_space)]
 
     def reset(self, seed: tuple[int, ...]) -> None:
@@ -213,8 +218,7 @@ class _Stepper:
                     raise ValueError(f"action {part.name!r} is {value!r}; expected {self.action_space}")
                 arrays[part.name] = choice
             else:
-                low, high = (np.reshape(bound, part.shape).astype(np.float32) for bound in (part.low, part.high))
-                arrays[part.name] = np.clip(array.astype(np.float32), low, high)
+                arrays[part.name] = np.clip(array.astype(np.float32), *self._bounds[part.name])
         with _visit():
             return self._environment.step(arrays, self.rows), self.rows
 
@@ -231,7 +235,7 @@ class _Stepper:
         if not self.rows.action_mask:
             return None
         masks = {name: mask.astype(np.int8) for name, mask in self.rows.action_mask.items()}
-        return masks if has_parts(self.action_space) else next(iter(masks.values()))
+        return in_form(masks, single=not has_parts(self.action_space))
 
     def close(self) -> None:
         """Close the worlds."""

@@ -14,7 +14,7 @@ from rustyrl.errors import ContractError
 from rustyrl.weights import Weights, read_policy
 from rustyrl_actors.agent import Agent
 from rustyrl_actors.inference import Policy
-from rustyrl_actors.spaces import SINGLE_ARRAY
+from rustyrl_actors.spaces import SINGLE_ARRAY, in_form
 
 __all__ = ["PolicyProcessor"]
 
@@ -75,7 +75,7 @@ class PolicyProcessor(esper.Processor):
                 array.name: np.full(array.shape, np.nan if array.dtype == "float32" else 0, array.dtype)
                 for array in spec.observation
             }
-            agent.observation = seen[SINGLE_ARRAY] if self._one_observation else seen
+            agent.observation = in_form(seen, single=self._one_observation)
         masked = [part for part in spec.action if part.masked]
         if not masked:
             return
@@ -85,7 +85,7 @@ class PolicyProcessor(esper.Processor):
                 return  # a list, which a processor wrote
             lead = () if self._is_object(agent) else (len(next(iter(self._seen(agent).values()))),)
             own = {part.name: np.ones((*lead, *part.mask.shape), bool) for part in masked}
-            agent.action_mask = own[SINGLE_ARRAY] if self._one_action else own
+            agent.action_mask = in_form(own, single=self._one_action)
         elif self._observe is not None:
             for mask in own.values():
                 mask.fill(True)
@@ -119,17 +119,15 @@ class PolicyProcessor(esper.Processor):
         action = self._act(len(agents), observation, mask)
         for row, agent in enumerate(agents):
             own = {
-                part.name: int(action[part.name][row])
-                if part.kind == "discrete" and not part.shape
-                else action[part.name][row]
+                part.name: int(action[part.name][row]) if part.is_number else action[part.name][row]
                 for part in self._weights.spec.action
             }
-            agent.action = own[SINGLE_ARRAY] if self._one_action else own
+            agent.action = in_form(own, single=self._one_action)
 
     def _act_for_columns(self, agent: Agent) -> None:
         seen = dict(self._seen(agent))
         action = self._act(len(next(iter(seen.values()))), seen, self._masks(agent))
-        agent.action = action[SINGLE_ARRAY] if self._one_action else action
+        agent.action = in_form(action, single=self._one_action)
 
     def _act(self, slots: int, observation: Arrays, mask: Arrays | None) -> Arrays:
         policy = self._policies.get(slots)

@@ -13,7 +13,7 @@ from rustyrl.spec import EnvironmentSpec
 from rustyrl_actors.agent import Agent
 from rustyrl_actors.contract import Place, describe_value
 from rustyrl_actors.environment import Arrays, Masks, StepRows
-from rustyrl_actors.spaces import has_parts
+from rustyrl_actors.spaces import has_parts, in_form
 from rustyrl_actors.world import WorldInfo
 
 __all__ = ["Form", "Seat", "arrays_like"]
@@ -40,14 +40,14 @@ class Form:
         self.masked = any(part.masked for part in spec.action)
         self._one_observation = not has_parts(info.observation_space)
         self._one_action = not has_parts(info.action_space)
-        self._is_number = {part.name: part.kind == "discrete" and not part.shape for part in spec.action}
+        self._is_number = {part.name: part.is_number for part in spec.action}
 
     def hand_out(self, action: Arrays, seat: Seat, slot: int) -> None:
         """Give an agent its action: an int for a lone choice, a copy, which the game may keep, of anything else."""
         own: dict[str, Any] = {}
         for name, array in action.items():
             own[name] = int(array[slot]) if self._is_number[name] else array[slot].copy()
-        seat.agent.action = next(iter(own.values())) if self._one_action else own
+        seat.agent.action = in_form(own, single=self._one_action)
 
     def point(self, seat: Seat, slot: int, out: StepRows) -> None:
         """Point an agent at the rows of its slot."""
@@ -65,12 +65,12 @@ class Form:
 
     def show(self, seat: Seat) -> None:
         """Give the agent the arrays of its seat in the form of its spaces."""
-        seat.agent.observation = next(iter(seat.seen.values())) if self._one_observation else seat.seen.copy()
+        seat.agent.observation = in_form(seat.seen, single=self._one_observation)
         if self.masked:
             self._show_masks(seat)
 
     def _show_masks(self, seat: Seat) -> None:
-        seat.agent.action_mask = next(iter(seat.masks.values())) if self._one_action else seat.masks.copy()
+        seat.agent.action_mask = in_form(seat.masks, single=self._one_action)
 
     def accept(self, seat: Seat, slot: int, place: Place) -> None:
         """Copy in what was put in place of the arrays that were given, if it fits.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import gymnasium
@@ -17,6 +17,7 @@ __all__ = [
     "SINGLE_ARRAY",
     "action_parts",
     "has_parts",
+    "in_form",
     "leaf_values",
     "leaves",
     "named_once",
@@ -41,7 +42,7 @@ def leaves(space: Space, name: str = "") -> Iterator[tuple[str, Space]]:
     A space without parts has one leaf, named ``main``; the i-th item of a Tuple is ``item_i``.
     """
     if isinstance(space, spaces.Dict):
-        parts = [(str(key), part) for key, part in sorted(space.spaces.items(), key=lambda item: str(item[0]))]
+        parts = [(str(key), part) for key, part in _by_key(space)]
     elif isinstance(space, spaces.Tuple):
         parts = [(f"item_{index}", part) for index, part in enumerate(space.spaces)]
     else:
@@ -56,7 +57,7 @@ def leaves(space: Space, name: str = "") -> Iterator[tuple[str, Space]]:
 def leaf_values(space: Space, value: Any) -> Iterator[Any]:
     """The values of the leaves of a space, batched or not, in the order of `leaves`."""
     if isinstance(space, spaces.Dict):
-        for key, part in sorted(space.spaces.items(), key=lambda item: str(item[0])):
+        for key, part in _by_key(space):
             yield from leaf_values(part, value[key])
     elif isinstance(space, spaces.Tuple):
         for part, item in zip(space.spaces, value, strict=True):
@@ -68,11 +69,20 @@ def leaf_values(space: Space, value: Any) -> Iterator[Any]:
 def rebuild(space: Space, values: Iterator[Any]) -> Any:
     """The other way round: a value of the space from those of its leaves."""
     if isinstance(space, spaces.Dict):
-        parts = sorted(space.spaces.items(), key=lambda item: str(item[0]))
-        return {key: rebuild(part, values) for key, part in parts}
+        return {key: rebuild(part, values) for key, part in _by_key(space)}
     if isinstance(space, spaces.Tuple):
         return tuple(rebuild(part, values) for part in space.spaces)
     return next(values)
+
+
+def _by_key(space: spaces.Dict) -> list[tuple[Any, Space]]:
+    """The parts of a Dict in the order in which everything here goes through them."""
+    return sorted(space.spaces.items(), key=lambda item: str(item[0]))
+
+
+def in_form(arrays: Mapping[str, Any], *, single: bool) -> Any:
+    """Named arrays in the form of their space: the array itself where there is a single one, else a dict of its own."""
+    return next(iter(arrays.values())) if single else dict(arrays)
 
 
 def observation_arrays(env: str, space: Space) -> tuple[ArraySpec, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import gymnasium
 import msgspec
@@ -25,8 +25,6 @@ __all__ = [
     "as_others_see_it",
     "describe_world",
 ]
-
-Style = Literal["column", "object"]
 
 
 class WorldInfo(msgspec.Struct, frozen=True, kw_only=True):

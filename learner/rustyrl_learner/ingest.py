@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rustyrl.errors import ContractError, WireError
-from rustyrl.rollout import Rollout, rollout_arrays
+from rustyrl.rollout import Rollout, first_final_not_finite, first_not_finite, rollout_arrays, vanished
 from rustyrl.spec import ActionSpec, EnvironmentSpec
 
 __all__ = ["admit"]
@@ -99,31 +99,19 @@ def _check_contract(rollout: Rollout, spec: EnvironmentSpec) -> None:
     numbers["reward"] = rollout.reward
     numbers |= {f"action {name!r}": array for name, array in rollout.action.items()}
     numbers["behavior_log_prob"] = rollout.behavior_log_prob
-    for name, array in numbers.items():
-        if array.dtype.kind != "f" or np.isfinite(array).all():
-            continue
-        for t, slot in np.argwhere(~np.isfinite(array))[:, :2]:
-            if t < len(rollout.valid) and not rollout.valid[t, slot]:
-                continue  # what stands where there was no agent means nothing
-            value = array[t, slot].ravel()
-            raise ContractError(
-                f"{_where(rollout, spec, int(t), int(slot))}: {name} holds {value[~np.isfinite(value)][0]}; "
-                "a world must give finite numbers"
-            )
-    for name, array in rollout.final_observation.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            row = int(np.argwhere(~np.isfinite(array))[0][0])
-            t, slot = rollout.final_index[row]
-            raise ContractError(
-                f"{_where(rollout, spec, int(t), int(slot))}: the final observation {name!r} is not finite"
-            )
+    if found := first_not_finite(rollout, numbers):
+        t, slot, what = found
+        raise ContractError(f"{_where(rollout, spec, t, slot)}: {what}; a world must give finite numbers")
+    if found := first_final_not_finite(rollout):
+        t, slot, what = found
+        raise ContractError(f"{_where(rollout, spec, t, slot)}: {what}")
     both = rollout.terminated & rollout.truncated
     if both.any():
         t, slot = np.argwhere(both)[0]
         raise ContractError(f"{_where(rollout, spec, int(t), int(slot))}: a step is both terminated and truncated")
-    vanished = rollout.valid[:-1] & ~rollout.valid[1:] & ~(rollout.terminated | rollout.truncated)[:-1]
-    if vanished.any():
-        t, slot = np.argwhere(vanished)[0]
+    gone = vanished(rollout)
+    if gone.any():
+        t, slot = np.argwhere(gone)[0]
         raise ContractError(
             f"{_where(rollout, spec, int(t), int(slot))}: the agent is gone in the next step without an end; "
             "set terminated (it died) or truncated (it was taken away) in its last step"

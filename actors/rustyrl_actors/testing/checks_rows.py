@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rustyrl.rollout import vanished
 from rustyrl_actors.spaces import leaves
 from rustyrl_actors.testing.subject import Cut, DoesNotApplyError, Subject, ViolationError, cut_ends, forced_ends
 from rustyrl_actors.testing.trial import Trace, first_difference
@@ -135,9 +136,9 @@ def ends_with_flags(subject: Subject) -> None:
     """Look for agents that are gone without an end, and for flags of agents that are not there."""
     rollout, limit = subject.trace().rollout, subject.source.spec.max_episode_steps
     ended = rollout.terminated | rollout.truncated
-    vanished = rollout.valid[:-1] & ~rollout.valid[1:] & ~ended[:-1]
-    if vanished.any():
-        t, slot = (int(i) for i in np.argwhere(vanished)[0])
+    gone = vanished(rollout)
+    if gone.any():
+        t, slot = (int(i) for i in np.argwhere(gone)[0])
         raise ViolationError(
             f"the agent in slot {slot} is gone at step {t + 1}, and its episode had not ended",
             "set terminated (it died) or truncated (it was taken away) in the last step in which valid is True",

@@ -117,9 +117,8 @@ def run_trials(
             if step.episodes is not None:
                 trace.ends.append((t, step))
             kept[index].append({name: _written(name, array, t).copy() for name, array in trace.arrays().items()})
-    for trace, start in zip(traces, started, strict=True):
+    for trace, start, snapshots in zip(traces, started, kept, strict=True):
         trace.stale += [(name, 0) for name, array in _seen(trace) if not _same(start[name], array[0]).all()]
-    for trace, snapshots in zip(traces, kept, strict=True):
         for t, snapshot in enumerate(snapshots):
             for name, array in trace.arrays().items():
                 if not _same(snapshot[name], _written(name, array, t)).all():
@@ -133,13 +132,14 @@ def first_difference(one: Trace, other: Trace, slots: Sequence[int] | None = Non
     chosen = np.arange(count) if slots is None else np.array(slots, np.intp)
     found: list[tuple[int, str]] = []
     valid = one.rollout.valid & other.rollout.valid
+    others = other.arrays()
     for name, array in one.arrays().items():
-        same = _same(array, other.arrays()[name]).reshape(len(array), count, -1)
+        same = _same(array, others[name]).reshape(len(array), count, -1)
         if name.startswith(("observation", "action_mask")):
             same[:-1] |= ~valid[:, :, None]  # what stands where there was no agent means nothing
         for t, slot, _ in np.argwhere(~same[:, chosen])[:1]:
-            where = np.argwhere(~_same(array[t, chosen[slot]], other.arrays()[name][t, chosen[slot]]))[0]
-            values = (values[t, chosen[slot]][tuple(where)] for values in (array, other.arrays()[name]))
+            where = np.argwhere(~_same(array[t, chosen[slot]], others[name][t, chosen[slot]]))[0]
+            values = (values[t, chosen[slot]][tuple(where)] for values in (array, others[name]))
             at = f"[{', '.join(map(str, where))}]" if len(where) else ""
             found.append(
                 (int(t), f"{name}{at} of slot {chosen[slot]} at step {t}: {' against '.join(map(str, values))}")

@@ -19,7 +19,7 @@ from rustyrl_actors.agent import Agent
 from rustyrl_actors.draws import SlotDraws
 from rustyrl_actors.world import WorldInfo
 
-__all__ = ["Cart", "CartPoleParameters", "CartPoleWorld"]
+__all__ = ["Cart", "CartPoleParameters", "CartPoleWorld", "cartpole_info"]
 
 STEP_S = 0.02
 MASS_CART_KG = 1.0
@@ -73,6 +73,19 @@ class CartPoleProcessor(esper.Processor):
             np.logical_or(np.abs(position) > POSITION_LIMIT_M, np.abs(angle) > ANGLE_LIMIT_RAD, out=agent.terminated)
 
 
+def cartpole_info() -> WorldInfo:
+    """What CartPole declares, in either style."""
+    high = np.array([2 * POSITION_LIMIT_M, np.inf, 2 * ANGLE_LIMIT_RAD, np.inf], np.float32)
+    return WorldInfo(
+        observation_space=gymnasium.spaces.Box(-high, high, dtype=np.float32),
+        action_space=gymnasium.spaces.Discrete(2),
+        step_s=STEP_S,
+        max_episode_steps=500,
+        goal=("return_mean>=475",),
+        evaluate_from=("return_mean>=400",),
+    )
+
+
 class CartPoleWorld:
     """Balance a pole on a cart by pushing left (0) or right (1)."""
 
@@ -81,15 +94,7 @@ class CartPoleWorld:
     Parameters = CartPoleParameters
 
     def __init__(self, slots: int, parameters: CartPoleParameters) -> None:
-        high = np.array([2 * POSITION_LIMIT_M, np.inf, 2 * ANGLE_LIMIT_RAD, np.inf], np.float32)
-        self.info = WorldInfo(
-            observation_space=gymnasium.spaces.Box(-high, high, dtype=np.float32),
-            action_space=gymnasium.spaces.Discrete(2),
-            step_s=STEP_S,
-            max_episode_steps=500,
-            goal=("return_mean>=475",),
-            evaluate_from=("return_mean>=400",),
-        )
+        self.info = cartpole_info()
         self._parameters = parameters
         self._cart = Cart(np.zeros((slots, 4)))
         self._agent = Agent()

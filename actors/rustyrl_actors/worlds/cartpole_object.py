@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import esper
-import gymnasium
 import numpy as np
 
 from rustyrl_actors.agent import Agent
-from rustyrl_actors.world import WorldInfo
 from rustyrl_actors.worlds.cartpole import (
     ANGLE_LIMIT_RAD,
     HALF_LENGTH_M,
@@ -18,6 +16,7 @@ from rustyrl_actors.worlds.cartpole import (
     POSITION_LIMIT_M,
     STEP_S,
     CartPoleParameters,
+    cartpole_info,
 )
 
 __all__ = ["CartPoleObjectWorld"]
@@ -73,15 +72,7 @@ class CartPoleObjectWorld:
     Parameters = CartPoleParameters
 
     def __init__(self, slots: int, parameters: CartPoleParameters) -> None:
-        high = np.array([2 * POSITION_LIMIT_M, np.inf, 2 * ANGLE_LIMIT_RAD, np.inf], np.float32)
-        self.info = WorldInfo(
-            observation_space=gymnasium.spaces.Box(-high, high, dtype=np.float32),
-            action_space=gymnasium.spaces.Discrete(2),
-            step_s=STEP_S,
-            max_episode_steps=500,
-            goal=("return_mean>=475",),
-            evaluate_from=("return_mean>=400",),
-        )
+        self.info = cartpole_info()
         self._slots = slots
         self._parameters = parameters
 

@@ -229,6 +229,32 @@ class TaskProcessor(esper.Processor):
         )
 
 
+def drone_info(parameters: DroneParameters) -> WorldInfo:
+    """What the drone declares, in either style; a disturbed one has another goal."""
+    limit = np.full(OBSERVATION_WIDTH, np.inf, np.float32)
+    disturbed = parameters.variation > 0 or parameters.gust_m_s > 0
+    return WorldInfo(
+        observation_space=gymnasium.spaces.Box(-limit, limit, dtype=np.float32),
+        action_space=gymnasium.spaces.Box(-1.0, 1.0, (4,), np.float32),
+        step_s=STEP_S,
+        max_episode_steps=1000,
+        metrics=(
+            MetricSpec("success_rate", "success", "mean"),
+            MetricSpec("crash_rate", "crash", "mean"),
+            MetricSpec("final_distance_median", "final_distance", "median"),
+            MetricSpec("time_to_target_median", "time_to_target", "median"),
+            MetricSpec("effort_mean", "effort", "mean"),
+        ),
+        goal=GOAL_DISTURBED if disturbed else GOAL,
+        evaluate_from=("length_mean>=150",),  # most stay in the air for 3 s; training noise hides the rest
+        defaults={
+            "run": {"eval_every": 8},
+            "policy": {"activation": "relu", "normalize": False},  # observations are of order one already
+            "ppo": {"target_kl": 0.02},
+        },
+    )
+
+
 class DroneWorld:
     """Fly a quadrotor to its target and stay there."""
 
@@ -236,28 +262,7 @@ class DroneWorld:
     Parameters = DroneParameters
 
     def __init__(self, slots: int, parameters: DroneParameters) -> None:
-        limit = np.full(OBSERVATION_WIDTH, np.inf, np.float32)
-        disturbed = parameters.variation > 0 or parameters.gust_m_s > 0
-        self.info = WorldInfo(
-            observation_space=gymnasium.spaces.Box(-limit, limit, dtype=np.float32),
-            action_space=gymnasium.spaces.Box(-1.0, 1.0, (4,), np.float32),
-            step_s=STEP_S,
-            max_episode_steps=1000,
-            metrics=(
-                MetricSpec("success_rate", "success", "mean"),
-                MetricSpec("crash_rate", "crash", "mean"),
-                MetricSpec("final_distance_median", "final_distance", "median"),
-                MetricSpec("time_to_target_median", "time_to_target", "median"),
-                MetricSpec("effort_mean", "effort", "mean"),
-            ),
-            goal=GOAL_DISTURBED if disturbed else GOAL,
-            evaluate_from=("length_mean>=150",),  # most stay in the air for 3 s; training noise hides the rest
-            defaults={
-                "run": {"eval_every": 8},
-                "policy": {"activation": "relu", "normalize": False},  # observations are of order one already
-                "ppo": {"target_kl": 0.02},
-            },
-        )
+        self.info = drone_info(parameters)
         self._parameters = parameters
         self.body = Body(columns(slots, 3), columns(slots, 3), columns(slots, 4), columns(slots, 3))
         self.rotors = Rotors(columns(slots, 4))

@@ -16,7 +16,7 @@ import numpy as np
 from rustyrl.errors import UsageError
 from rustyrl_actors.agent import Agent
 from rustyrl_actors.worlds import drone
-from rustyrl_actors.worlds.drone import DroneParameters, DroneWorld, hover_thrust_n
+from rustyrl_actors.worlds.drone import DroneParameters, drone_info, hover_thrust_n
 from rustyrl_actors.worlds.quadrotor import Airframe
 
 __all__ = ["DroneObjectWorld"]
@@ -157,7 +157,7 @@ class DroneObjectWorld:
     def __init__(self, slots: int, parameters: DroneParameters) -> None:
         if parameters.variation or parameters.gust_m_s:
             raise UsageError("drone-object flies one airframe in calm air; variation and gust_m_s are for drone")
-        self.info = DroneWorld(1, parameters).info
+        self.info = drone_info(parameters)
         self._slots = slots
         self._parameters = parameters
 
