@@ -101,6 +101,7 @@ class RolloutReceiver(_Sockets):
         except BaseException:
             self.close()
             raise
+        self.received_bytes = self.sent_bytes = 0
         self._waker, self._wakened = socket.socketpair()
         self._waker.setblocking(False)
         self._wakened.setblocking(False)
@@ -118,6 +119,7 @@ class RolloutReceiver(_Sockets):
                 frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
+            self.received_bytes += sum(len(frame) for frame in frames)
             yield _check_frames(frames)
 
     def wake(self) -> None:
@@ -127,10 +129,12 @@ class RolloutReceiver(_Sockets):
 
     def send(self, peer: bytes, message: Message, blob: bytes = b"") -> bool:
         """Send to one actor; False if it is not there or does not read any more."""
+        header = encode_message(message)
         try:
-            self._router.send_multipart([peer, encode_message(message), blob], zmq.NOBLOCK, copy=False)
+            self._router.send_multipart([peer, header, blob], zmq.NOBLOCK, copy=False)
         except zmq.ZMQError:  # EHOSTUNREACH or EAGAIN: the peer is gone, or as good as gone
             return False
+        self.sent_bytes += len(header) + len(blob)
         return True
 
     def close(self) -> None:
@@ -205,6 +209,14 @@ class RolloutSender(_Sockets):
         tracker = self._dealer.send_multipart([header, blob], copy=False, track=True)
         assert tracker is not None  # noqa: S101 - track=True
         return Sent(tracker)
+
+    def offer(self, message: Message) -> bool:
+        """Send a message without a blob, or not at all if no learner takes it now."""
+        try:
+            self._dealer.send_multipart([encode_message(message), b""], zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
 
     def receive(self, timeout_s: float) -> Received | None:
         """The next message, or None when the time is over.

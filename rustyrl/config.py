@@ -51,6 +51,7 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     device: Annotated[Literal["auto", "cpu", "cuda"], _help("where the learner computes")] = "auto"
     threads: Annotated[int, _help("torch threads of the learner on the CPU; 0 lets it choose", ge=0)] = 0
     checkpoint_every: Annotated[int, _help("updates between checkpoints", ge=1)] = 100
+    checkpoint_every_s: Annotated[float, _help("seconds until one is due in any case", gt=0)] = 5.0
     checkpoints_kept: Annotated[int, _help("how many of the newest checkpoints stay", ge=1)] = 3
     init: Annotated[str, _help("policy file to start from: weights and normaliser only")] = ""
 
@@ -119,15 +120,20 @@ class PPOConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The processes and the link between them."""
 
-    actors: Annotated[int, _help("actor processes to start; -1 chooses by the cores", ge=-1, le=4096)] = -1
+    actors: Annotated[int, _help("actor processes to start; -1 chooses by the cores", ge=-1, le=1000)] = -1
+    auto: Annotated[str, _help("'MIN:MAX' lets the number of actors follow the learner's wait; '' does not")] = ""
     listen: Annotated[str, _help("'ipc' or tcp://HOST:PORT (port 0 or *: any free one); loopback only, for now")] = (
         "ipc"
     )
     expect: Annotated[int, _help("actors that batch 0 waits for; -1 those that are started, at least 1", ge=-1)] = -1
     start_deadline_s: Annotated[float, _help("how long batch 0 waits for them", gt=0)] = 60.0
-    restarts: Annotated[int, _help("an actor that dies more often within restart_window_s ends the run", ge=0)] = 5
-    restart_window_s: Annotated[float, _help("see restarts", gt=0)] = 60.0
-    lease_s: Annotated[float, _help("an actor that is silent for so long is lost", gt=0)] = 60.0
+    restarts: Annotated[
+        int, _help("an actor, those that have a world, or the learner end the run if they die more often", ge=0)
+    ] = 5
+    restart_window_s: Annotated[float, _help("within this time, see restarts", gt=0)] = 60.0
+    lease_s: Annotated[
+        float, _help("an actor that gives no sign of life for so long, as in one step of a world, is replaced", gt=0)
+    ] = 30.0
     stop_s: Annotated[float, _help("grace before what still runs is killed", gt=0)] = 5.0
 
 

@@ -48,6 +48,12 @@ class Judge:
         self._waiting: deque[Candidate] = deque()
         self._running: tuple[Candidate, Child, float] | None = None
 
+    @property
+    def pending(self) -> list[int]:
+        """Versions that are being evaluated, or wait for it."""
+        running = [] if self._running is None else [self._running[0].version]
+        return running + [candidate.version for candidate in self._waiting]
+
     def add(self, candidate: Candidate) -> None:
         """Queue a version; versions come in update order."""
         self._waiting.append(candidate)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
+
+from rustyrl.black_box import BlackBox
 
 __all__ = ["Child", "actor_environment", "available_cores", "await_end", "start_child"]
 
@@ -17,13 +21,20 @@ TAIL_BYTES = 8192
 
 @dataclass(slots=True)
 class Child:
-    """A process of ours. ``descriptor`` becomes readable when it ends (Linux), else it is -1."""
+    """A process of ours.
+
+    descriptor: becomes readable when it ends (Linux), else it is -1
+    black_box: what an actor says of itself as it goes along
+    incarnation: tells it from every other process that has or had its name
+    """
 
     name: str
     process: subprocess.Popen[bytes]
     log: Path
     descriptor: int
     ended_seen: bool = field(default=False)
+    black_box: BlackBox | None = None
+    incarnation: int = 0
 
     @property
     def pid(self) -> int:
@@ -40,6 +51,11 @@ class Child:
         if self.running:
             self.process.send_signal(number)
 
+    def kill(self) -> None:
+        """End it at once if it still runs, even if it is stopped."""
+        if self.running:
+            self.process.kill()
+
     def tail(self) -> str:
         """The end of its log: a traceback, if it died of one."""
         with contextlib.suppress(OSError), self.log.open("rb") as file:
@@ -51,26 +67,50 @@ class Child:
 
     def close(self) -> None:
         """Kill it if it still runs, and give back what watching it took."""
-        if self.running:
-            self.process.kill()
+        self.kill()
         self.process.wait(timeout=10)
         if self.process.stdout is not None:
             self.process.stdout.close()
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+        if self.black_box is not None:
+            self.black_box.close()
 
 
-def start_child(name: str, arguments: list[str], log: Path, *, actor: bool, capture: bool = False) -> Child:
+def start_child(
+    name: str,
+    arguments: list[str],
+    log: Path,
+    *,
+    actor: bool,
+    capture: bool = False,
+    black_box: BlackBox | None = None,
+    incarnation: int = 0,
+) -> Child:
     """Start ``python -m`` with these arguments in a session of its own, so that Ctrl-C reaches the launcher alone.
 
     It learns our process id and dies with us. Its standard error, and its standard output unless it is to be
     captured, go to the log.
+
+    Args:
+        name: what it is called in messages.
+        arguments: the module, then its arguments.
+        log: is appended to.
+        actor: for an actor or for a learner, whose environment variables differ.
+        capture: have its standard output in ``process.stdout``.
+        black_box: for it to inherit; it is closed with the child.
+        incarnation: what tells it from others of its name.
+
+    Raises:
+        OSError: there is no room for another process or file.
     """
     environment = actor_environment() if actor else learner_environment()
     module, *rest = arguments
     command = [sys.executable, "-m", module, "--parent", str(os.getpid()), *rest]
-    with log.open("ab") as output:
+    if black_box is not None:
+        command += ["--black-box", str(black_box.descriptor)]
+    with _open_log(log) as output:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -78,12 +118,23 @@ def start_child(name: str, arguments: list[str], log: Path, *, actor: bool, capt
             stderr=output,
             env={**environment, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
+            pass_fds=() if black_box is None else (black_box.descriptor,),
         )
     descriptor = -1
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # a kernel without pidfd: its end is seen at the next turn instead
             descriptor = os.pidfd_open(process.pid)
-    return Child(name, process, log, descriptor)
+    return Child(name, process, log, descriptor, black_box=black_box, incarnation=incarnation)
+
+
+def _open_log(path: Path) -> IO[bytes]:
+    """Append to a log; a full disk is no reason to start nothing."""
+    try:
+        return path.open("ab")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            return open(os.devnull, "ab")  # noqa: PTH123 - no path of ours
+        raise
 
 
 def await_end(children: list[Child], deadline: float) -> list[Child]:

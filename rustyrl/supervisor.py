@@ -1,37 +1,44 @@
-"""The actor processes of this machine: as many as are wanted, and a new one for each that dies."""
+"""The actor processes of this machine: as many as are wanted, and a new one for each that dies or stands still."""
 
 from __future__ import annotations
 
 import signal
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from rustyrl.black_box import BlackBox
+from rustyrl.crash import describe_deed, describe_end, write_crash
 from rustyrl.errors import ContractError
 from rustyrl.processes import Child
+from rustyrl.restarts import Restarts
 
 __all__ = ["Berth", "Death", "Supervisor"]
 
-FIRST_PAUSE_S = 0.25  # before the first restart; doubled with each that follows within the window
-LONGEST_PAUSE_S = 2.0
 EXPLAINED = (0, ContractError.exit_code)  # sent home, or a world that no other actor could go on with: not replaced
+OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)  # somebody else ended it, or the kernel for want of memory
+LAST_WORDS_S = 0.3  # for a stuck actor to print where it is, before it is killed
 
 
 @dataclass(slots=True)
 class Berth:
     """An actor index, the process that has it, and how it fared.
 
-    deaths: monotonic times of those within the window; restart_at: when the next process is due, None if none is
+    replaced: how often another process took its place
+    restart_at: when the next process is due, None if none is
+    heard_at: when the learner heard it last, or it was given the time to come
+    silent_at: when it was found to be silent for too long, None if it is not
     """
 
     index: int
+    restarts: Restarts
     child: Child | None = None
     leaving: bool = False
-    restarts: int = 0
-    deaths: deque[float] = field(default_factory=deque)
+    replaced: int = 0
     restart_at: float | None = None
+    heard_at: float = 0.0
+    silent_at: float | None = None
 
     @property
     def running(self) -> bool:
@@ -41,29 +48,43 @@ class Berth:
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """An actor process that ended, and what follows.
+    """An actor process that ended, or could not be started, and what follows.
 
-    expected: it was asked to leave; restart_in_s: None if it is not replaced; loop: it died too often to go on
+    cause: in words, with the end of its log
+    expected: it was asked to leave, or ended well
+    restart_in_s: None if it is not replaced
+    loop: what died too often to go on, "" if nothing did
     """
 
     index: int
-    pid: int
-    code: int
-    tail: str
+    child: Child | None
+    cause: str
     expected: bool
     restart_in_s: float | None
-    loop: bool
+    loop: str
     record: Path | None
 
 
 class Supervisor:
-    """Starts actors, counts who is there, replaces who died, and sends away who is too many."""
+    """Starts actors, counts who is there, replaces who died or is stuck, and sends away who is too many."""
 
-    def __init__(self, start: Callable[[int], Child], crashes: Path, restarts: int, window_s: float) -> None:
+    def __init__(
+        self,
+        start: Callable[[int], Child],
+        crashes: Path,
+        restarts: int,
+        window_s: float,
+        lease_s: float = 60.0,
+        seed: int = 0,
+    ) -> None:
         self._start = start
         self._crashes = crashes
-        self._restarts = restarts
+        self._limit = restarts
         self._window_s = window_s
+        self._lease_s = lease_s
+        self._seed = seed
+        self._failed: list[Death] = []  # starts, since the last turn
+        self._worlds: dict[int, Restarts] = {}  # deaths with this world in hand, whoever had it
         self.wanted = 0
         self.berths: list[Berth] = []
 
@@ -78,7 +99,7 @@ class Supervisor:
         return any(berth.running or berth.restart_at is not None for berth in self.berths)
 
     def scale(self, wanted: int, retire: Callable[[Child], None]) -> None:
-        """Have so many actors: start what is missing now, ``retire`` the highest indices that are too many."""
+        """Have so many actors: ``retire`` the highest indices that are too many; start what is missing."""
         self.wanted = wanted
         staying = [berth for berth in self.berths if not berth.leaving]
         for berth in sorted(staying, key=lambda berth: berth.index)[wanted:]:
@@ -89,28 +110,48 @@ class Supervisor:
         taken = {berth.index for berth in self.berths}
         free = (index for index in range(wanted + len(taken)) if index not in taken)
         for _ in range(wanted - len(staying)):
-            index = next(free)
-            self.berths.append(Berth(index, self._start(index)))
+            berth = Berth(next(free), Restarts(self._limit, self._window_s))
+            self.berths.append(berth)
+            self._failed += self._fill(berth, time.monotonic())
+
+    def hear(self, present: set[int], silent: set[int]) -> None:
+        """Take in which incarnations the learner hears (``present``), and which it gave up because it did not.
+
+        Who is ``silent``, or has not come to the learner in the time of a lease, is stuck or stopped, and ended.
+        """
+        now = time.monotonic()
+        for berth in self.berths:
+            if berth.child is None or berth.silent_at is not None:
+                continue
+            if berth.child.incarnation in present:
+                berth.heard_at = now
+            if berth.child.incarnation in silent or now - berth.heard_at > self._lease_s:
+                berth.silent_at = now
+                if hasattr(signal, "SIGUSR1"):
+                    berth.child.signal(signal.SIGUSR1)  # have it print where it is; a stopped one cannot
+
+    def await_hello(self) -> None:
+        """There is another learner, and everybody has the time of a lease to come to it."""
+        for berth in self.berths:
+            berth.heard_at = time.monotonic()
 
     def turn(self, *, replace: bool) -> list[Death]:
-        """Notice who ended since the last turn, and start whose pause is over.
+        """Start who is due, notice who ended since the last turn, and end who is stuck.
 
         Args:
             replace: False while the run is being ended.
         """
         now = time.monotonic()
-        deaths = []
+        deaths, self._failed = self._failed, []
         for berth in self.berths:
             child = berth.child
             if child is not None and not child.running and not child.ended_seen:
                 child.ended_seen = True
                 deaths.append(self._bury(berth, child, now, replace))
             elif berth.restart_at is not None and berth.restart_at <= now and replace:
-                if child is not None:
-                    child.close()
-                berth.restart_at = None
-                berth.restarts += 1
-                berth.child = self._start(berth.index)
+                deaths += self._fill(berth, now)
+            elif child is not None and berth.silent_at is not None and now - berth.silent_at > LAST_WORDS_S:
+                child.kill()
         gone = [b for b in self.berths if b.leaving and (b.child is None or b.child.ended_seen)]  # and was reported
         for berth in gone:
             if berth.child is not None:
@@ -118,26 +159,54 @@ class Supervisor:
             self.berths.remove(berth)
         return deaths
 
-    def _bury(self, berth: Berth, child: Child, now: float, replace: bool) -> Death:
-        code, tail = child.process.returncode, child.tail()
-        pause: float | None = None
-        loop = False
-        if not berth.leaving and code not in EXPLAINED and replace:
-            berth.deaths.append(now)
-            while berth.deaths and berth.deaths[0] < now - self._window_s:
-                berth.deaths.popleft()
-            loop = len(berth.deaths) > self._restarts
-            if not loop:
-                pause = min(FIRST_PAUSE_S * 2 ** (len(berth.deaths) - 1), LONGEST_PAUSE_S)
-                berth.restart_at = now + pause
-        record = self._write_crash(berth, child, code, tail) if code and not berth.leaving else None
-        return Death(berth.index, child.pid, code, tail, berth.leaving, pause, loop, record)
+    def _fill(self, berth: Berth, now: float) -> list[Death]:
+        """Start the process of a berth."""
+        berth.restart_at = None
+        try:
+            child = self._start(berth.index)
+        except OSError as error:  # out of processes, descriptors or memory
+            cause = f"actor {berth.index} could not be started: {error}"
+            pause = berth.restarts.died(now)
+            if pause is None:
+                return [Death(berth.index, None, cause, False, None, f"actor {berth.index}", None)]
+            berth.restart_at = now + pause
+            return [Death(berth.index, None, cause, False, pause, "", None)]
+        if berth.child is not None:
+            berth.child.close()
+            berth.replaced += 1
+        berth.child, berth.heard_at, berth.silent_at = child, now, None
+        return []
 
-    def _write_crash(self, berth: Berth, child: Child, code: int, tail: str) -> Path:
-        """Keep what is known of a death: the log of an actor goes on with its successor."""
-        self._crashes.mkdir(parents=True, exist_ok=True)
-        names = {number.value: number.name for number in signal.Signals}  # real-time signals have none
-        how = f"signal {-code} ({names.get(-code, 'unnamed')})" if code < 0 else f"code {code}"
-        path = self._crashes / f"actor-{berth.index}-{time.strftime('%Y%m%d-%H%M%S')}-{child.pid}.txt"
-        path.write_text(f"actor {berth.index}, process {child.pid}, ended with {how}\n\n{tail}\n", encoding="utf-8")
-        return path
+    def _bury(self, berth: Berth, child: Child, now: float, replace: bool) -> Death:
+        code, tail, box = child.process.returncode, child.tail(), child.black_box
+        silent = berth.silent_at is not None
+        expected = berth.leaving or code == 0
+        pause: float | None = None
+        loop = ""
+        if not berth.leaving and code not in EXPLAINED and replace:
+            if code in OUTSIDE and not silent and box is not None and box.answered:  # it was well until then
+                pause = Restarts(1, 1.0).died(now)
+            else:
+                pause, loop = self._count(berth, box, now)
+        if pause is not None:
+            berth.restart_at = now + pause
+        what = f"ended with {describe_end(code)}"
+        if silent:
+            what = f"was killed: it had given no sign of life for {self._lease_s:.0f} s"
+        lines = describe_deed(box, self._seed)
+        record = None if expected or not code else write_crash(self._crashes, child, what, lines, tail)
+        cause = "\n".join([f"{child.name} (process {child.pid}) {what}", *lines[:1], tail])
+        return Death(berth.index, child, cause, expected, pause, loop, record)
+
+    def _count(self, berth: Berth, box: BlackBox | None, now: float) -> tuple[float | None, str]:
+        """Count a death against its index and its world: the pause before the next, and what died too often."""
+        standstill_s = self._lease_s if berth.silent_at is not None else 0.0
+        pause = berth.restarts.died(now, standstill_s)
+        deed = box.deed() if box is not None else None
+        if pause is None:
+            return None, f"actor {berth.index}"
+        if deed is not None and not deed.idle:
+            world = self._worlds.setdefault(deed.world, Restarts(self._limit, self._window_s))
+            if world.died(now, standstill_s) is None:
+                return None, f"the actor that had world {deed.world}"
+        return pause, ""

@@ -37,6 +37,7 @@ __all__ = [
     "Lease",
     "Ready",
     "Refusal",
+    "Rejoin",
     "TicketMessage",
     "WeightsHeader",
     "Welcome",
@@ -47,7 +48,7 @@ __all__ = [
     "encode_rollout",
 ]
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 MAX_HEADER_BYTES = 1 << 20
 MAX_BLOB_BYTES = 1 << 31
 MAX_ARRAYS = 1024
@@ -125,7 +126,13 @@ class Fault(_Message, frozen=True, tag="fault"):
 
 
 class Lease(_Message, frozen=True, tag="lease"):
-    """Actor to learner: I live."""
+    """Either way: I live. From an actor also how many env steps it has begun, so that slow is told from stuck."""
+
+    steps: Count = 0
+
+
+class Rejoin(_Message, frozen=True, tag="rejoin"):
+    """Learner to actor: I do not know you, or gave you up as lost; say hello again, and forget your tickets."""
 
 
 class Goodbye(_Message, frozen=True, tag="goodbye"):
@@ -147,7 +154,9 @@ class RolloutHeader(_Message, frozen=True, tag="rollout"):
     arrays: Annotated[tuple[ArraySpec, ...], Meta(max_length=MAX_ARRAYS)]
 
 
-Message = Hello | Welcome | Ready | Refusal | Fault | TicketMessage | WeightsHeader | Lease | Goodbye | RolloutHeader
+Message = (
+    Hello | Welcome | Ready | Refusal | Rejoin | Fault | TicketMessage | WeightsHeader | Lease | Goodbye | RolloutHeader
+)
 
 
 def encode_message(message: Message) -> bytes:

@@ -124,7 +124,7 @@ def test_a_cluster_is_scaled_while_it_trains_and_loses_nothing(start):
     assert versions == list(range(1, len(versions) + 1))  # one learner, that never went back
     _, err = end(cluster)
     assert "scaled from 3 to 5 actors: 1 of 5 actors will idle" in err
-    assert "ended with code" not in err
+    assert "ended with" not in err
     assert not (cluster.run / "logs" / "crashes").exists()
 
 
@@ -135,7 +135,7 @@ def test_dead_actors_are_replaced_and_only_their_tickets_are_lost(start):
     for deaths in range(1, 4):
         status = await_status(cluster, lambda status: contributing(status) == {0: 2, 1: 2}, "both to contribute")
         if deaths == 2:
-            assert status["learner"]["worlds_moved"] == 4  # those of the dead one, to the other and back
+            assert status["worlds_moved"] == 4  # those of the dead one, to the other and back
         victims.append(status["actors"][0]["pid"])
         psutil.Process(victims[-1]).kill()
         status = await_status(
@@ -164,9 +164,9 @@ def test_dead_actors_are_replaced_and_only_their_tickets_are_lost(start):
     assert lost(cluster) - before <= 2 * 2
     await_more(cluster, 5)
     summary, err = end(cluster)
-    assert err.count("ended with code -9") == 3
+    assert err.count("ended with signal 9 (SIGKILL)") == 3
     assert "a new one starts in 0.25 s" in err
-    assert "ended with code -15" not in err  # who was sent away is not mourned
+    assert "ended with signal 15" not in err  # who was sent away is not mourned
     assert len(list((cluster.run / "logs" / "crashes").iterdir())) == 3
     assert summary["stopped_by"] == "terminate"
 
@@ -192,7 +192,7 @@ def test_leavers_that_do_not_answer_hold_the_run_up_until_their_lease_is_over(st
     assert stuck.status() == psutil.STATUS_STOPPED
     _, err = end(cluster)  # which kills it
     assert not stuck.is_running()
-    assert "ended with code" not in err
+    assert "ended with" not in err
 
 
 def test_a_pause_holds_training_and_a_checkpoint_is_written_on_request(start):

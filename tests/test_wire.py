@@ -30,6 +30,7 @@ from rustyrl.wire import (
     Message,
     Ready,
     Refusal,
+    Rejoin,
     RolloutHeader,
     TicketMessage,
     WeightsHeader,
@@ -59,7 +60,8 @@ MESSAGES: dict[str, Message] = {
     "fault": Fault(reason="world 3 of 'maze', slot 1: reward holds nan"),
     "ticket": TicketMessage(learner_incarnation=2, batch=70_000, policy_version=69_999, worlds=(0, 300, 65_535)),
     "weights": WeightsHeader(learner_incarnation=2, policy_version=69_999),
-    "lease": Lease(),
+    "lease": Lease(steps=70_000),
+    "rejoin": Rejoin(),
     "goodbye": Goodbye(),
     "rollout": RolloutHeader(
         fingerprint="0123456789abcdef",

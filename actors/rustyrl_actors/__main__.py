@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import logging
 import os
+import secrets
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +16,7 @@ from typing import BinaryIO
 
 import msgspec
 
+from rustyrl.black_box import BlackBox
 from rustyrl.errors import ContractError, RunFailedError, UsageError
 from rustyrl.parent import die_with_parent
 from rustyrl.spec import spec_to_json
@@ -54,7 +58,9 @@ def _results_only() -> Iterator[BinaryIO]:
 def _run(arguments: argparse.Namespace, results: BinaryIO) -> None:
     match arguments.verb:
         case "run":
-            run_actor(arguments.join, arguments.index)
+            _explain_ends()
+            box = BlackBox(arguments.black_box) if arguments.black_box >= 0 else None
+            run_actor(arguments.join, arguments.index, arguments.incarnation or secrets.randbits(62), box)
         case "describe":
             results.write(spec_to_json(find_environment(arguments.env, _env_config(arguments)).spec))
         case "evaluate":
@@ -71,6 +77,13 @@ def _run(arguments: argparse.Namespace, results: BinaryIO) -> None:
             results.write(msgspec.json.encode(rows))
 
 
+def _explain_ends() -> None:
+    """Have a crash in native code, and whoever asks by a signal, print where every thread is."""
+    faulthandler.enable()
+    if hasattr(signal, "SIGUSR1"):
+        faulthandler.register(signal.SIGUSR1)
+
+
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m rustyrl_actors")
     parser.add_argument("--parent", type=int, default=0, help="die with this process")
@@ -78,6 +91,8 @@ def _parse() -> argparse.Namespace:
     run = verbs.add_parser("run", help="be an actor")
     run.add_argument("--join", required=True)
     run.add_argument("--index", type=int, default=-1)
+    run.add_argument("--incarnation", type=int, default=0, help="0 draws one")
+    run.add_argument("--black-box", type=int, default=-1, help="an inherited file descriptor")
     verbs.add_parser("envs", help="list the built-in environments as JSON")
     for name in ("describe", "evaluate", "check"):
         verb = verbs.add_parser(name)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import socket
 import time
 from dataclasses import dataclass
 
+import msgspec
+
+from rustyrl.black_box import BlackBox
 from rustyrl.channels import RolloutSender, Sent
 from rustyrl.errors import ContractError, RunFailedError, UsageError, WireError
 from rustyrl.rollout import Rollout, RolloutOrigin, Ticket, allocate_rollout
@@ -19,9 +21,9 @@ from rustyrl.wire import (
     Fault,
     Goodbye,
     Hello,
-    Lease,
     Ready,
     Refusal,
+    Rejoin,
     TicketMessage,
     WeightsHeader,
     Welcome,
@@ -32,6 +34,7 @@ from rustyrl_actors.catalog import EnvironmentSource, find_environment
 from rustyrl_actors.environment import allocate_rows
 from rustyrl_actors.inference import Policy
 from rustyrl_actors.noise import allocate_noise, fill_noise, noise_generator
+from rustyrl_actors.pulse import LEASE_S, Pulse
 from rustyrl_actors.unroll import OwnedWorld, UnrollBuffer, unroll
 
 __all__ = ["Fleet", "run_actor"]
@@ -39,29 +42,32 @@ __all__ = ["Fleet", "run_actor"]
 log = logging.getLogger(__name__)
 
 JOIN_S = 60.0  # how long a learner may take to answer hello
-LEASE_S = 1.0  # how often a waiting actor says that it lives
-SEND_S = 30.0  # how long a learner may take to read a rollout before it is given up as gone
+AWAY_S = 300.0  # how long a learner may be away, restarting or behind a broken link, before an actor gives it up
 BUFFERS = 2  # one is sent while the next is written
 STALE_BATCHES = 65  # one more than the largest policy lag: a world left behind so far has another owner
 
 
-def run_actor(address: str, index: int) -> None:
+def run_actor(address: str, index: int, incarnation: int, box: BlackBox | None) -> None:
     """Join the learner at ``address`` and answer its tickets until it says goodbye.
+
+    A learner that goes away is waited for, and its successor joined.
 
     Args:
         address: where the learner listens.
         index: this actor's place among the actors, -1 for any free one.
+        incarnation: tells this process from every other that had or will have this index.
+        box: where to say what is being done; None if nobody looks.
 
     Raises:
         RunFailedError: the learner refused this actor, did not answer or went away.
     """
     with RolloutSender(address) as link:
         try:
-            incarnation = secrets.randbits(62)
-            welcome = _join(link, index, incarnation)
-            fleet = _build_fleet(link, welcome, incarnation)
+            hello = Hello(index, incarnation, os.getpid(), socket.gethostname())
+            welcome = _join(link, hello)
+            fleet = _build_fleet(link, welcome, incarnation, Pulse(link, box))
             try:
-                _answer_tickets(link, fleet)
+                _answer_tickets(link, fleet, hello)
             finally:
                 fleet.close()
         except ConnectionAbortedError:
@@ -77,14 +83,18 @@ def run_actor(address: str, index: int) -> None:
             raise
 
 
-def _answer_tickets(link: RolloutSender, fleet: Fleet) -> None:
+def _answer_tickets(link: RolloutSender, fleet: Fleet, hello: Hello) -> None:
     stages = Stages()
+    heard = time.monotonic()
     while True:
         with stages("wait"):
             received = link.receive(LEASE_S)
         if received is None:
-            link.send(Lease(), timeout_s=SEND_S)
+            fleet.pulse.lease()
+            if time.monotonic() - heard > AWAY_S:
+                raise TimeoutError(f"nothing was heard of the learner for {AWAY_S:.0f} s")
             continue
+        heard = time.monotonic()
         match received.message:
             case WeightsHeader() as header:
                 with stages("load"):
@@ -94,7 +104,12 @@ def _answer_tickets(link: RolloutSender, fleet: Fleet) -> None:
                 with stages("encode"):
                     frame, blob = encode_rollout(recording.rollout)
                 with stages("send"):
-                    recording.sent = link.send_frames(frame, blob, SEND_S)
+                    recording.sent = link.send_frames(frame, blob, AWAY_S)
+                fleet.pulse.rest(answered=True)
+            case Rejoin():
+                log.info("the learner does not know this actor, or has a successor: joining anew")
+                fleet.follow(_join(link, hello))
+                link.send(Ready(fleet.fingerprint))
             case Goodbye():
                 log.info("the run is over")
                 link.send(Goodbye(), timeout_s=1.0)
@@ -119,7 +134,8 @@ class Recording:
 class Fleet:
     """The worlds that this actor owns, its policy, and the buffers that it records into."""
 
-    def __init__(self, source: EnvironmentSource, welcome: Welcome, incarnation: int) -> None:
+    def __init__(self, source: EnvironmentSource, welcome: Welcome, incarnation: int, pulse: Pulse) -> None:
+        self.pulse = pulse
         self._source = source
         self._welcome = welcome
         self._incarnation = incarnation
@@ -128,6 +144,27 @@ class Fleet:
         self._weights: Weights | None = None
         self._version = -1
         self._policies: dict[int, Policy] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """The environment's."""
+        return self._source.spec.fingerprint
+
+    def follow(self, welcome: Welcome) -> None:
+        """Belong to another learner of the same run, or to the same one anew."""
+        same = msgspec.structs.replace(
+            welcome, index=self._welcome.index, learner_incarnation=self._welcome.learner_incarnation
+        )
+        if same != self._welcome:
+            raise RunFailedError("another run has begun at this address; start this actor anew to join it")
+        if welcome.learner_incarnation < self._welcome.learner_incarnation:
+            raise RunFailedError(
+                f"learner incarnation {welcome.learner_incarnation} answered, an older one than "
+                f"{self._welcome.learner_incarnation}"
+            )
+        self._welcome = welcome
+        self._version = -1  # its weights come ahead of its tickets
+        self.pulse.rest(answered=False)
 
     def load(self, weights: Weights, policy_version: int) -> None:
         """Act under these weights from now on."""
@@ -145,12 +182,12 @@ class Fleet:
             worlds = [self._world(index, ticket.batch) for index in ticket.worlds]
             recording = self._recording(ticket.worlds)
             if recording.sent is not None:
-                recording.sent.wait(SEND_S)
+                recording.sent.wait(AWAY_S)
             buffer = recording.buffer
             for world, columns in zip(worlds, buffer.columns, strict=True):
                 generator = noise_generator(self._welcome.seed, world.index, ticket.batch)
                 fill_noise(buffer.noise, self._source.spec, columns, generator)
-        unroll(worlds, self._policy(buffer.rollout.slots), buffer, stages)
+        unroll(worlds, self._policy(buffer.rollout.slots), buffer, stages, self.pulse)
         for world in worlds:
             world.next_batch = ticket.batch + 1
         buffer.rollout.origin = RolloutOrigin(
@@ -174,32 +211,39 @@ class Fleet:
         for other in [w for w in self._worlds.values() if w.next_batch + STALE_BATCHES < batch]:
             self._worlds.pop(other.index).environment.close()
         world = self._worlds.get(index)
+        if world is None or world.next_batch != batch:
+            self.pulse.build(index, batch)
         if world is None:
             environment = self._source.make(stagger=self._welcome.stagger)
             world = OwnedWorld(index, environment, -1, allocate_rows(self._source.spec))
             self._worlds[index] = world
         if world.next_batch != batch:  # new here, or it ran on elsewhere: new episodes
             world.environment.reset((self._welcome.seed, index, batch), world.now)
-            world.next_batch = batch
+            world.next_batch = world.built = batch
         return world
 
     def _recording(self, worlds: tuple[int, ...]) -> Recording:
         ring = self._recordings.get(worlds)
         if ring is None:
             self._recordings.clear()  # ownership changed: the old shapes do not come back
-            ring = self._recordings[worlds] = [Recording(self._buffer(worlds)) for _ in range(BUFFERS)]
+            ring = self._recordings[worlds] = self._ring(worlds)
         ring.append(ring.pop(0))
         return ring[-1]
 
-    def _buffer(self, worlds: tuple[int, ...]) -> UnrollBuffer:
+    def _ring(self, worlds: tuple[int, ...]) -> list[Recording]:
+        """Buffers for these worlds, which share the memory of the actions that a step is given."""
         spec, length = self._source.spec, self._welcome.unroll_length
         slots = spec.slots * len(worlds)
+        columns = [slice(i * spec.slots, (i + 1) * spec.slots) for i in range(len(worlds))]
         origin = RolloutOrigin(spec.fingerprint, "main", Ticket(0, 0, worlds), 0, 0, 0)
-        return UnrollBuffer(
-            rollout=allocate_rollout(spec, length, slots, origin, poison=self._welcome.poison),
-            columns=[slice(i * spec.slots, (i + 1) * spec.slots) for i in range(len(worlds))],
-            noise=allocate_noise(spec, length, slots),
-        )
+        poison = self._welcome.poison
+        rollouts = [allocate_rollout(spec, length, slots, origin, poison=poison) for _ in range(BUFFERS)]
+        row = {name: array[0] for name, array in rollouts[0].action.items()}
+        bounded = self.pulse.actions(row, dict(zip(worlds, columns, strict=True)))
+        return [
+            Recording(UnrollBuffer(rollout, columns, allocate_noise(spec, length, slots), bounded))
+            for rollout in rollouts
+        ]
 
     def _policy(self, slots: int) -> Policy:
         if self._weights is None:
@@ -209,9 +253,8 @@ class Fleet:
         return self._policies[slots]
 
 
-def _join(link: RolloutSender, index: int, incarnation: int) -> Welcome:
-    """Say hello until the learner answers: it may still be starting."""
-    hello = Hello(index, incarnation, os.getpid(), socket.gethostname())
+def _join(link: RolloutSender, hello: Hello) -> Welcome:
+    """Say hello and wait for the answer: the learner may still be starting. What came before it is of no account."""
     deadline = time.monotonic() + JOIN_S
     link.send(hello, timeout_s=JOIN_S)
     while (left := deadline - time.monotonic()) > 0:
@@ -226,12 +269,14 @@ def _join(link: RolloutSender, index: int, incarnation: int) -> Welcome:
     raise TimeoutError(f"the learner did not answer within {JOIN_S:.0f} s")
 
 
-def _build_fleet(link: RolloutSender, welcome: Welcome, incarnation: int) -> Fleet:
+def _build_fleet(link: RolloutSender, welcome: Welcome, incarnation: int, pulse: Pulse) -> Fleet:
+    pulse.build(0, 0)
     try:
         source = find_environment(welcome.env, welcome.env_config)
     except UsageError as error:
         link.send(Refusal(str(error)))
         raise
+    pulse.rest(answered=False)
     link.send(Ready(source.spec.fingerprint))
     log.info("joined as actor %d: %s, fingerprint %s", welcome.index, welcome.env, source.spec.fingerprint)
-    return Fleet(source, welcome, incarnation)
+    return Fleet(source, welcome, incarnation, pulse)

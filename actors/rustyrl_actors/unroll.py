@@ -14,6 +14,7 @@ from rustyrl.stages import Stages
 from rustyrl_actors.contract import check_finite
 from rustyrl_actors.environment import Arrays, Environment, StepRows, TimeStep, join_episodes, rows_of
 from rustyrl_actors.inference import Policy
+from rustyrl_actors.pulse import Pulse
 
 __all__ = ["OwnedWorld", "UnrollBuffer", "unroll"]
 
@@ -23,6 +24,7 @@ class OwnedWorld:
     """A world in this actor's care.
 
     next_batch: the batch that it is ready for; another one means that it must be built anew
+    built: the batch that its episodes began with
     now: rows whose ``observation`` and ``action_mask`` are what its agents see and may do now
     """
 
@@ -30,6 +32,7 @@ class OwnedWorld:
     environment: Environment
     next_batch: int
     now: StepRows
+    built: int = 0
 
 
 @dataclass(slots=True)
@@ -39,23 +42,26 @@ class UnrollBuffer:
     columns: the slots of each world, in the order of the worlds
     rows: for each world its T `StepRows`
     noise: `[T, W, A]`, see `rustyrl_actors.noise`
-    given: for each world the actions as it is given them, part to `[E, ...]`: views of ``bounded``
+    bounded: part to `[W, ...]`, the actions of a step as the worlds are given them
+    given: for each world its part of them, `[E, ...]`
     """
 
     rollout: Rollout
     columns: list[slice]
     noise: NDArray[np.float32]
-    bounded: Arrays = field(init=False)
+    bounded: Arrays = field(default_factory=dict)
     rows: list[list[StepRows]] = field(init=False)
     given: list[Arrays] = field(init=False)
 
     def __post_init__(self) -> None:
         self.rows = [rows_of(self.rollout, columns) for columns in self.columns]
-        self.bounded = {name: np.zeros_like(array[0]) for name, array in self.rollout.action.items()}
+        self.bounded = self.bounded or {name: np.zeros_like(array[0]) for name, array in self.rollout.action.items()}
         self.given = [{name: array[columns] for name, array in self.bounded.items()} for columns in self.columns]
 
 
-def unroll(worlds: list[OwnedWorld], policy: Policy, buffer: UnrollBuffer, stages: Stages) -> Rollout:
+def unroll(
+    worlds: list[OwnedWorld], policy: Policy, buffer: UnrollBuffer, stages: Stages, pulse: Pulse | None = None
+) -> Rollout:
     """Step every world T times under one policy (stop 2 of the straight line).
 
     Args:
@@ -63,6 +69,7 @@ def unroll(worlds: list[OwnedWorld], policy: Policy, buffer: UnrollBuffer, stage
         policy: the version that the ticket names.
         buffer: its noise is drawn, its rollout is written.
         stages: gets the seconds spent in ``act`` and ``step``.
+        pulse: is told of each step before it is taken.
 
     Returns:
         The buffer's rollout, complete; the worlds hold their next observations.
@@ -84,6 +91,8 @@ def unroll(worlds: list[OwnedWorld], policy: Policy, buffer: UnrollBuffer, stage
         policy.bound(action, buffer.bounded)
         acted = time.perf_counter()
         for world, columns, given, rows in zip(worlds, buffer.columns, buffer.given, buffer.rows, strict=True):
+            if pulse is not None:
+                pulse.step(world.index, world.next_batch, world.built, t)
             step = _step(world, given, rows[t], t)
             if step.episodes is not None:
                 ends.append((t, columns.start, step))

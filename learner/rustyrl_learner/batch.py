@@ -66,6 +66,7 @@ class BatchBuffer:
     pin: bool
     answers: list[_Answer] = field(default_factory=list)
     receive_s: dict[str, float] = field(default_factory=dict)  # what the receive thread spent, by stage
+    policy_version: int = 0  # that collected it
     _arrays: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -90,6 +91,7 @@ class BatchBuffer:
     def place(self, rollout: Rollout) -> None:
         """Copy an admitted rollout into the columns of its worlds."""
         worlds, slots = rollout.origin.ticket.worlds, self.spec.slots
+        self.policy_version = rollout.origin.ticket.policy_version  # one for all rollouts of a batch
         for position, world in enumerate(worlds):
             here, there = slice(position * slots, (position + 1) * slots), slice(world * slots, (world + 1) * slots)
             steps = self.unroll_length

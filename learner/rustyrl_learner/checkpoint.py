@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +77,18 @@ def save(
     files["manifest.sha256"] = hashlib.sha256(files["manifest.json"]).hexdigest().encode()
     partial = folder / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, data in files.items():
-        with (partial / name).open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    _sync_folder(partial)
-    partial.rename(target)
+    try:
+        partial.mkdir(parents=True)
+        for name, data in files.items():
+            with (partial / name).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        _sync_folder(partial)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
+        raise
     _sync_folder(folder)
     return target
 
@@ -93,7 +98,9 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("[0-9]*") if path.is_dir() and path.name.isdigit())
 
 
-def load_newest(folder: Path, fingerprint: str) -> tuple[Manifest, dict[str, Tensor], Path] | None:
+def load_newest(
+    folder: Path, fingerprint: str, warn: Callable[[str], None] = log.warning
+) -> tuple[Manifest, dict[str, Tensor], Path] | None:
     """The newest checkpoint whose bytes are as they were written; warns of each that is not.
 
     Raises:
@@ -104,7 +111,7 @@ def load_newest(folder: Path, fingerprint: str) -> tuple[Manifest, dict[str, Ten
         try:
             manifest, data = _read(path)
         except (OSError, ValueError) as error:
-            log.warning("checkpoint %s is not whole (%s), trying the one before", path, error)
+            warn(f"checkpoint {path} is not whole ({error}), trying the one before")
             continue
         if manifest.fingerprint != fingerprint:
             raise RunFailedError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import socket
 import threading
 import time
 from collections import deque
@@ -26,6 +25,7 @@ from rustyrl.wire import (
     Lease,
     Ready,
     Refusal,
+    Rejoin,
     RolloutHeader,
     TicketMessage,
     WeightsHeader,
@@ -41,6 +41,8 @@ __all__ = ["Collector"]
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
+PROBE_S = 1.0  # how often an actor hears that the learner lives, and the learner whether it can be reached
+FIRST_BY_HAND = 1000  # actors that ask for no index get one from here on: those below are the launcher's
 GOODBYE_S = 1.0  # for actors to finish their unroll and hear that the run is over
 
 
@@ -51,11 +53,14 @@ class _Actor:
     hello: Hello
     index: int
     seen: float
+    probed: float
     ready: bool = False
     held_version: int = -1
+    begun: int = 0  # env steps, by its last lease
     steps: int = 0
     rollouts: int = 0
     since: float = field(default_factory=time.monotonic)
+    asked: dict[Ticket, float] = field(default_factory=dict)  # tickets that it owes an answer to, and since when
 
 
 class Collector:
@@ -97,9 +102,12 @@ class Collector:
         self._complete: queue.Queue[BatchBuffer | BaseException] = queue.Queue()
         self._orders: deque[tuple[str, Any]] = deque()
         self._rejected_strangers: dict[str, int] = {}
-        self._dead: set[tuple[str, int]] = set()  # host and process id
+        self._dead: set[int] = set()  # incarnations, as in the next
+        self._silent: set[int] = set()
+        self._turned = time.monotonic()
         self._stages = Stages()
         self._stopping = threading.Event()
+        self._goodbye = True
         self._snapshot: dict[str, Any] = {}
         self._snapshot = self._describe()
         self._thread = threading.Thread(target=self._run, name="receive", daemon=True)
@@ -123,22 +131,32 @@ class Collector:
         self._orders.append(("publish", (buffer, version, weights, rejected)))
         self._receiver.wake()
 
-    def report_death(self, pid: int) -> None:
+    def report_death(self, incarnation: int) -> None:
         """The launcher saw an actor process of this machine end."""
-        self._orders.append(("death", pid))
+        self._orders.append(("death", incarnation))
         self._receiver.wake()
 
-    def retire(self, pid: int) -> None:
+    def retire(self, incarnation: int) -> None:
         """Send an actor of this machine home once it has answered what it owes."""
-        self._orders.append(("retire", pid))
+        self._orders.append(("retire", incarnation))
+        self._receiver.wake()
+
+    def relieve(self, incarnation: int) -> None:
+        """Give an actor's worlds, and what it has not answered yet, to the others."""
+        self._orders.append(("relieve", incarnation))
         self._receiver.wake()
 
     def snapshot(self) -> dict[str, Any]:
         """Members and books, as of the last turn of the receive thread."""
         return self._snapshot
 
-    def close(self) -> dict[str, Any]:
-        """Say goodbye to every actor, end the thread, close the sockets; the last snapshot."""
+    def close(self, *, goodbye: bool = True) -> dict[str, Any]:
+        """End the thread, close the sockets; the last snapshot.
+
+        Args:
+            goodbye: tell every actor that the run is over; else they wait for another learner.
+        """
+        self._goodbye = goodbye
         self._stopping.set()
         self._receiver.wake()
         if self._thread.is_alive():
@@ -155,16 +173,19 @@ class Collector:
                     del received
                 self._follow_orders()
                 self._expire_leases()
+                self._probe()
                 self._check_start(deadline)
                 self._send_home()
                 self._issue_tickets()
                 self._snapshot = self._describe()
             self._follow_orders()
             self._snapshot = self._describe()
-            self._say_goodbye()
+            if self._goodbye:
+                self._say_goodbye()
         except BaseException as error:  # it is raised again in the training thread
             self._complete.put(error)
-            self._say_goodbye()
+            if isinstance(error, ContractError | RunFailedError):  # else this process is replaced, and actors wait
+                self._say_goodbye()
 
     def _say_goodbye(self) -> None:
         """Tell every actor that the run is over and wait a little until they have heard it.
@@ -180,22 +201,23 @@ class Collector:
 
     def _handle(self, received: Received) -> None:
         peer, actor = received.peer, self._actors.get(received.peer)
-        # An actor says that it lives only when it has nothing to do. If it owes an answer then, its ticket was lost
-        # on the way, and it is not to live for ever.
-        if actor is not None and not (isinstance(received.message, Lease) and self._book.owing(peer)):
+        if actor is not None and not isinstance(received.message, Lease):
             actor.seen = time.monotonic()
         match received.message:
-            case RolloutHeader() | Lease() if actor is None:
+            case RolloutHeader() | Lease() | Ready() if actor is None:
                 self._count_stranger("unknown-peer")
-                self._receiver.send(peer, Refusal("this learner does not know you, or gave you up as lost: join anew"))
+                self._receiver.send(peer, Rejoin())
             case RolloutHeader() as header if actor is not None:
                 self._take_rollout(peer, actor, header, received.blob)
             case Hello() as hello:
                 self._welcome(peer, hello)
-            case Ready(fingerprint):
+            case Ready(fingerprint) if actor is not None:
                 self._admit_actor(peer, actor, fingerprint)
-            case Lease():
-                pass
+            case Lease(steps) if actor is not None:
+                # One that owes an answer and takes no steps has lost its ticket on the way, or is stuck: it is not to
+                # live for ever.
+                if steps > actor.begun or not self._book.owing(peer):
+                    actor.seen, actor.begun = time.monotonic(), steps
             case Fault(reason) if actor is not None and actor.ready:
                 raise ContractError(reason)
             case Goodbye() | Refusal():
@@ -212,16 +234,18 @@ class Collector:
         if peer in self._actors:
             self._count_stranger("second-hello")
             return
-        if (hello.host, hello.pid) in self._dead:
+        if hello.incarnation in self._dead:
             return  # what a process had sent before it ended
         taken = {actor.index for actor in self._actors.values()}
         index = hello.index
         if index < 0:
-            index = next(i for i in range(len(taken) + 1) if i not in taken)
+            index = next(i for i in range(FIRST_BY_HAND, FIRST_BY_HAND + len(taken) + 1) if i not in taken)
         elif index in taken:
             self._receiver.send(peer, Refusal(f"there is an actor with index {index} already"))
             return
-        self._actors[peer] = _Actor(hello, index, time.monotonic())
+        now = time.monotonic()
+        self._silent.discard(hello.incarnation)
+        self._actors[peer] = _Actor(hello, index, seen=now, probed=now)
         config = self._config
         self._receiver.send(
             peer,
@@ -237,10 +261,7 @@ class Collector:
             ),
         )
 
-    def _admit_actor(self, peer: bytes, actor: _Actor | None, fingerprint: str) -> None:
-        if actor is None:
-            self._count_stranger("ready-before-hello")
-            return
+    def _admit_actor(self, peer: bytes, actor: _Actor, fingerprint: str) -> None:
         if fingerprint != self._spec.fingerprint:
             self._receiver.send(
                 peer,
@@ -261,6 +282,7 @@ class Collector:
         if not self._book.owes(peer, ticket) or header.actor_incarnation != actor.hello.incarnation:
             self._count_stranger("ticket")
             return
+        actor.asked.pop(ticket, None)
         try:
             with self._stages("decode"):
                 rollout = decode_rollout(header, blob)
@@ -299,6 +321,11 @@ class Collector:
                 for peer in self._peers_of(what):
                     self._book.retire(peer)
                 continue
+            if order == "relieve":
+                for peer in self._peers_of(what):
+                    if self._book.relieve(peer):
+                        self._actors[peer].asked.clear()
+                continue
             buffer, version, weights, rejected = what
             self._book.finish(buffer.number, rejected)
             self._free.append(buffer)
@@ -307,21 +334,19 @@ class Collector:
             for old in [v for v in self._blobs if v < version - self._config.batch.max_policy_lag]:
                 del self._blobs[old]
 
-    def _bury(self, pid: int) -> None:
+    def _bury(self, incarnation: int) -> None:
         """Take it that a process of this machine has ended, whether it had said hello or not."""
-        name = (socket.gethostname(), pid)
-        if name in self._dead:
+        if incarnation in self._dead:
             return
-        self._dead.add(name)
-        for peer in self._peers_of(pid):
+        self._dead.add(incarnation)
+        for peer in self._peers_of(incarnation):
             self._lose(peer, "its process ended")
         if not self._started:  # it was one of those that batch 0 waits for
             self._expect = max(1, self._expect - 1)
 
-    def _peers_of(self, pid: int) -> list[bytes]:
-        """The peers that are this process of this machine."""
-        name = (socket.gethostname(), pid)
-        return [peer for peer, actor in self._actors.items() if (actor.hello.host, actor.hello.pid) == name]
+    def _peers_of(self, incarnation: int) -> list[bytes]:
+        """The peers that are this process."""
+        return [peer for peer, actor in self._actors.items() if actor.hello.incarnation == incarnation]
 
     def _send_home(self) -> None:
         """Let leavers go that have answered everything."""
@@ -342,6 +367,7 @@ class Collector:
                     self._lose(peer, "it cannot be reached")
                     continue
                 actor.held_version = ticket.policy_version
+            actor.asked[ticket] = time.monotonic()
             message = TicketMessage(self._incarnation, ticket.batch, ticket.policy_version, ticket.worlds)
             if not self._receiver.send(peer, message):
                 self._lose(peer, "it cannot be reached")
@@ -361,9 +387,23 @@ class Collector:
             self._started = True
 
     def _expire_leases(self) -> None:
-        limit = time.monotonic() - self._config.cluster.lease_s
-        for peer in [p for p, actor in self._actors.items() if actor.seen < limit]:
+        now, before = time.monotonic(), self._turned
+        self._turned = now
+        if now - before > 2 * POLL_S:  # this process stood still, and what they said meanwhile is still to be read
+            for actor in self._actors.values():
+                actor.seen += now - before
+        limit = now - self._config.cluster.lease_s
+        for peer, actor in [(p, a) for p, a in self._actors.items() if a.seen < limit]:
+            self._silent.add(actor.hello.incarnation)
             self._lose(peer, f"silent for {self._config.cluster.lease_s:.0f} s")
+
+    def _probe(self) -> None:
+        """Let every actor hear from time to time that this learner lives; whose connection is gone is lost."""
+        now = time.monotonic()
+        for peer, actor in [(p, a) for p, a in self._actors.items() if now - a.probed > PROBE_S]:
+            actor.probed = now
+            if not self._receiver.send(peer, Lease()):
+                self._lose(peer, "its connection is gone")
 
     def _lose(self, peer: bytes, why: str) -> None:
         actor = self._actors.pop(peer, None)
@@ -379,10 +419,12 @@ class Collector:
     def _describe(self) -> dict[str, Any]:
         worlds = {member.peer: len(member.worlds) for member in self._book.members}
         now = time.monotonic()
+        relieved = {member.peer for member in self._book.members if member.relieved}
         return {
             "actors": [
                 {
                     "index": actor.index,
+                    "incarnation": actor.hello.incarnation,
                     "pid": actor.hello.pid,
                     "host": actor.hello.host,
                     "ready": actor.ready,
@@ -390,11 +432,18 @@ class Collector:
                     "sps": round(actor.steps / max(now - actor.since, 1e-9), 1),
                     "version": actor.held_version,
                     "rollouts": actor.rollouts,
+                    "env_steps": actor.steps,
                     "silent_s": round(now - actor.seen, 3),
+                    "owes_s": round(now - min(actor.asked.values(), default=now), 3),
+                    "holds": any(ticket.batch == self._next_batch for ticket in actor.asked),
+                    "relieved": peer in relieved,
                 }
                 for peer, actor in sorted(self._actors.items(), key=lambda item: item[1].index)
             ],
+            "silent": sorted(self._silent),
             "tickets": msgspec.to_builtins(self._book.books()),
             "refused_messages": dict(self._rejected_strangers),
             "worlds_moved": self._book.worlds_moved,
+            "received_bytes": self._receiver.received_bytes,
+            "sent_bytes": self._receiver.sent_bytes,
         }

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -26,6 +27,7 @@ from rustyrl.stages import Stages
 from rustyrl_learner import checkpoint
 from rustyrl_learner.advantage import training_batch
 from rustyrl_learner.checkpoint import Counters
+from rustyrl_learner.checkpoint_writer import CheckpointWriter, Written
 from rustyrl_learner.collector import Collector
 from rustyrl_learner.ppo import ppo_update
 from rustyrl_learner.record import EpisodeWindow, MetricsLog
@@ -35,9 +37,11 @@ __all__ = ["Learner", "StopRequestedError", "choose_device"]
 
 log = logging.getLogger(__name__)
 
+SIGNAL = "signal"  # why training ended if somebody else than the launcher wanted it: there will be a successor
 WAIT_S = 0.1  # how long the training thread waits for a batch before it looks at its orders
 REPORT_S = 0.2
 MAX_CANDIDATES = 2  # versions waiting for their evaluation before training waits for the oldest
+SAVE_S = 60.0  # how long the last checkpoint may take; the launcher is less patient
 MIN_EPISODES = 20  # before training figures say anything about the goal
 
 
@@ -68,6 +72,10 @@ class Learner:
         self._stop_reason: str | None = None
         self._paused = False
         self._checkpoint_asked = False
+        self._asked: set[int] = set()  # versions whose checkpoint somebody waits for
+        self._saved_at = -float("inf")  # the first update of a learner is kept at once: its successor begins there
+        self._unlogged = False  # the newest row of metrics could not be written
+        self._unsaved = ""  # why the newest checkpoint could not be written
         self._stages = Stages()
         self._stages_s: dict[str, float] = {}
         self._window = EpisodeWindow(spec)
@@ -75,6 +83,9 @@ class Learner:
         self._candidates: list[int] = []
         self._best: int | None = None
         self._reported = 0.0
+        self._losses: dict[str, Any] = {}
+        self._newest_s: dict[str, float] = {}  # of the newest update, by stage
+        self._lags: Counter[int] = Counter()  # env steps trained on, by policy lag
 
         self._device = choose_device(config.run.device)
         if self._device.type == "cpu":
@@ -84,6 +95,7 @@ class Learner:
         if not (resume and self._resume()) and config.run.init:
             self._training.start_from(Path(config.run.init))
         self._log = MetricsLog(run, self._counters.policy_version)
+        self._writer = CheckpointWriter(run / "checkpoints", config.run.checkpoints_kept, spec.fingerprint, incarnation)
         self._receiver = RolloutReceiver(listen)
         self._collector = Collector(
             self._receiver,
@@ -107,17 +119,23 @@ class Learner:
         except StopRequestedError as stop:
             reason = str(stop)
         except ContractError:  # what was learned before a world failed is sound
-            self._save_checkpoint()
+            with contextlib.suppress(RunFailedError):
+                self._save_last()
             raise
-        self._save_checkpoint()
+        self._save_last()
         if reason == "total_steps":
             self._await_candidates()
             reason = self._stop_reason or reason
         return reason
 
-    def close(self) -> dict[str, Any]:
-        """Say goodbye to the actors and close every file and socket; the last figures."""
-        snapshot = self._collector.close()
+    def close(self, *, goodbye: bool = True) -> dict[str, Any]:
+        """Close every file, thread and socket; the last figures.
+
+        Args:
+            goodbye: whether the run is over for the actors, too.
+        """
+        snapshot = self._collector.close(goodbye=goodbye)
+        self._writer.close(SAVE_S)
         self._log.close()
         return self._figures(snapshot)
 
@@ -135,6 +153,7 @@ class Learner:
             self._window.add(buffer.episodes())
         warm_up = training.warming_up
         trained = 0 if warm_up else int(batch.valid.sum())
+        self._lags[buffer.number - buffer.policy_version] += trained
         losses = None
         if trained:
             with stages("advantages"):
@@ -167,8 +186,8 @@ class Learner:
             self._follow_orders()
             if self._checkpoint_asked:
                 self._checkpoint_asked = False
-                version = self._counters.policy_version
-                self._control.send({"kind": "checkpointed", "version": version, "path": str(self._save_checkpoint())})
+                self._asked.add(self._counters.policy_version)
+                self._begin_checkpoint()
             if len(self._candidates) < MAX_CANDIDATES and not self._paused:
                 buffer = self._collector.next_batch(WAIT_S)
                 if buffer is not None:
@@ -191,25 +210,31 @@ class Learner:
     def _record(self, losses: dict[str, Any], stages_s: dict[str, dict[str, float]]) -> None:
         version, run = self._counters.policy_version, self._config.run
         learner_s = self._stages.take()
+        self._losses, self._newest_s = losses, learner_s
         self._stages_s = {n: self._stages_s.get(n, 0.0) + learner_s.get(n, 0.0) for n in self._stages_s | learner_s}
-        self._log.write(
-            {
-                "policy_version": version,
-                "steps": self._counters.steps,
-                "seconds": round(self._counters.seconds, 4),
-                "trained_sps": round(self._trained_sps(), 1),
-                **self._window.figures(),
-                **losses,
-                "learner_s": learner_s,
-                **stages_s,
-            }
-        )
+        row = {
+            "policy_version": version,
+            "steps": self._counters.steps,
+            "seconds": round(self._counters.seconds, 4),
+            "trained_sps": round(self._trained_sps(), 1),
+            **self._window.figures(),
+            **losses,
+            "learner_s": learner_s,
+            **stages_s,
+        }
+        try:
+            self._log.write(row)
+        except OSError as error:
+            if not self._unlogged:
+                self._say(f"metrics cannot be written: {error}; training goes on, rows are lost until they can")
+            self._unlogged = True
+        else:
+            self._unlogged = False
         if version % run.eval_every == 0 and self._near_goal():
-            path = self._save_checkpoint()
             self._candidates.append(version)
-            self._control.send({"kind": "candidate", "version": version, "policy": str(path / "policy.safetensors")})
-        elif version % run.checkpoint_every == 0:
-            self._save_checkpoint()
+            self._begin_checkpoint()
+        elif not self._writer.busy and (version % run.checkpoint_every == 0 or self._checkpoint_is_due()):
+            self._begin_checkpoint()  # a disk that is slower than this gets fewer
         self._report()
 
     def _near_goal(self) -> bool:
@@ -217,20 +242,62 @@ class Learner:
         enough = figures.get("episodes", 0) >= MIN_EPISODES
         return bool(self._conditions) and enough and meets(self._conditions, figures)
 
-    def _save_checkpoint(self) -> Path:
-        tensors, policy = self._training.state(), self._training.weights()
-        folder = self._run_folder / "checkpoints"
-        path = checkpoint.save(folder, self._counters, policy, tensors, self._spec.fingerprint, self._incarnation)
-        protected = {*self._candidates, *([] if self._best is None else [self._best])}
-        checkpoint.prune(folder, self._config.run.checkpoints_kept, protected)
-        return path
+    def _checkpoint_is_due(self) -> bool:
+        """Whether it is time for one; writing takes at most a twentieth of the time of its thread."""
+        every_s = max(self._config.run.checkpoint_every_s, 20 * self._writer.write_s)
+        return time.monotonic() - self._saved_at > every_s
+
+    def _begin_checkpoint(self) -> None:
+        """Have the state of this version written."""
+        with self._stages("checkpoint"):
+            protected = {*self._candidates, *([] if self._best is None else [self._best])}
+            self._saved_at = time.monotonic()
+            self._writer.begin(self._counters, self._training.weights(), self._training.state(), protected)
+
+    def _end_checkpoint(self, written: Written) -> None:
+        """Tell the launcher of one that was written, or could not be."""
+        version = written.version
+        asked = version in self._asked
+        self._asked.discard(version)
+        if written.path is None:
+            self._unsaved = written.problem
+            self._say(f"the checkpoint of version {version} could not be written: {written.problem}")
+            if version in self._candidates:
+                self._candidates.remove(version)
+        else:
+            self._unsaved = ""
+            if version in self._candidates:
+                policy = str(written.path / "policy.safetensors")
+                self._control.send({"kind": "candidate", "version": version, "policy": policy})
+        if asked:
+            path = str(written.path or "")
+            answer = {"kind": "checkpointed", "version": version, "path": path, "problem": written.problem}
+            self._control.send(answer)
+
+    def _save_last(self) -> None:
+        """Write the state that training ends with, and wait for it; raises `RunFailedError` if that cannot be."""
+        self._begin_checkpoint()
+        deadline = time.monotonic() + SAVE_S
+        while self._writer.busy and time.monotonic() < deadline:
+            for written in self._writer.ended(WAIT_S):
+                self._end_checkpoint(written)
+        if self._writer.busy:
+            raise RunFailedError(f"the last checkpoint was not written within {SAVE_S:.0f} s")
+        if self._unsaved:
+            raise RunFailedError(f"the last checkpoint could not be written: {self._unsaved}")
+
+    def _say(self, message: str) -> None:
+        """Have the launcher show something."""
+        log.warning("%s", message)
+        with contextlib.suppress(TimeoutError):
+            self._control.send({"kind": "say", "message": message})
 
     def _resume(self) -> bool:
         """Take the newest checkpoint's state; False if there is none."""
         folder = self._run_folder / "checkpoints"
-        loaded = checkpoint.load_newest(folder, self._spec.fingerprint)
+        loaded = checkpoint.load_newest(folder, self._spec.fingerprint, self._say)
         if loaded is None:
-            log.warning("nothing to resume from in %s, starting anew", folder)
+            self._say(f"nothing to resume from in {folder}, starting anew")
             return False
         manifest, tensors, path = loaded
         try:
@@ -254,24 +321,33 @@ class Learner:
 
     def _follow_orders(self) -> None:
         while (order := self._control.receive(0)) is not None:
-            match order.get("kind"):
-                case "stop":
-                    self.request_stop(str(order.get("reason", "stop")))
-                case "actor_died":
-                    self._collector.report_death(int(order["pid"]))
-                case "pause":
-                    self._paused = bool(order["paused"])
-                case "checkpoint":
-                    self._checkpoint_asked = True
-                case "retire":
-                    self._collector.retire(int(order["pid"]))
-                case "evaluated":
-                    self._candidates.remove(int(order["version"]))
-                    self._best = order.get("best")
+            self._follow(order)
+        for written in self._writer.ended():
+            self._end_checkpoint(written)
         if self._stop_reason is not None:
             raise StopRequestedError(self._stop_reason)
         if time.monotonic() - self._reported > REPORT_S:
             self._report()
+
+    def _follow(self, order: dict[str, Any]) -> None:
+        match order.get("kind"):
+            case "stop":
+                self.request_stop(str(order.get("reason", "stop")))
+            case "actor_died":
+                self._collector.report_death(int(order["incarnation"]))
+            case "pause":
+                self._paused = bool(order["paused"])
+            case "checkpoint":
+                self._checkpoint_asked = True
+            case "relieve":
+                self._collector.relieve(int(order["incarnation"]))
+            case "retire":
+                self._collector.retire(int(order["incarnation"]))
+            case "judging":  # versions that a learner before this one named
+                self._candidates += order["versions"]
+            case "evaluated":
+                self._candidates = [v for v in self._candidates if v != int(order["version"])]
+                self._best = order.get("best")
 
     def _report(self) -> None:
         self._reported = time.monotonic()
@@ -281,13 +357,18 @@ class Learner:
     def _figures(self, snapshot: dict[str, Any]) -> dict[str, Any]:
         return {
             "pid": os.getpid(),
+            "incarnation": self._incarnation,
             "version": self._counters.policy_version,
             "steps": self._counters.steps,
             "seconds": time.monotonic() - self._started,
             "trained_sps": self._trained_sps(),
             "device": str(self._device),
             "training": self._window.figures(),
+            "losses": self._losses,
             "stages_s": self._stages_s,
+            "update_s": self._newest_s,
+            "lag_steps": {str(lag): steps for lag, steps in sorted(self._lags.items())},
+            "gpu": gpu_figures(self._device),
             **snapshot,
         }
 
@@ -307,6 +388,22 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def gpu_figures(device: torch.device) -> dict[str, Any] | None:
+    """Name and memory of the GPU that training runs on, and how busy it is where its driver's library says so."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    figures: dict[str, Any] = {
+        "name": torch.cuda.get_device_name(device),
+        "memory_bytes": total - free,
+        "memory_total_bytes": total,
+        "ours_bytes": torch.cuda.memory_reserved(device),
+    }
+    with contextlib.suppress(Exception):  # needs nvidia-ml-py and a driver that answers
+        figures["busy_percent"] = torch.cuda.utilization(device)
+    return figures
+
+
 def default_threads() -> int:
     """Torch threads on the CPU: the cores but one, which the actors need, and at most 4, as the products are small.
 
@@ -319,7 +416,7 @@ def run_learner(learner: Learner, control: ControlClient) -> int:
     """Train to the end and tell the launcher how it went; returns the exit code."""
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
-        learner.request_stop("signal")
+        learner.request_stop(SIGNAL)
 
     signal.signal(signal.SIGTERM, stop)
     try:
@@ -328,5 +425,5 @@ def run_learner(learner: Learner, control: ControlClient) -> int:
         figures = learner.close()
         control.send({"kind": "failed", "message": str(error), "figures": figures})
         return 1
-    control.send({"kind": "done", "reason": reason, "figures": learner.close()})
+    control.send({"kind": "done", "reason": reason, "figures": learner.close(goodbye=reason != SIGNAL)})
     return 0

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from rustyrl.spec import EnvironmentSpec
 
 __all__ = ["EpisodeWindow", "MetricsLog"]
 
+REOPEN_S = 10.0  # how long TensorBoard is left alone after its disk was full
 WINDOW = 200  # episodes that the training figures are over
 
 
@@ -55,24 +60,61 @@ class MetricsLog:
 
         self._path = run / "metrics.jsonl"
         steps = self._cut_after(after_version)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run), purge_step=steps + 1 if steps else None)
+        self._file = self._path.open("ab", buffering=0)
+        self._open_board: Callable[[int], Any] = lambda step: SummaryWriter(str(run), purge_step=step or None)
+        self._board: Any = self._open_board(steps + 1 if steps else 0)
+        self._reopen_at = 0.0
+        self.lost = 0  # rows that could not be written
 
     def write(self, row: dict[str, Any]) -> None:
-        """Write one row; nested mappings become ``outer/inner`` names in TensorBoard."""
-        self._file.write(msgspec.json.encode(row).decode() + "\n")
-        self._file.flush()
-        step = row["steps"]
-        for name, value in row.items():
-            values = {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
-            for key, number in values.items():
-                if isinstance(number, int | float) and math.isfinite(number):
-                    self._board.add_scalar(key, number, step)
+        """Write one row; nested mappings become ``outer/inner`` names in TensorBoard.
+
+        A full disk loses rows, each whole, and goes on with those that fit again.
+
+        Raises:
+            OSError: if this row could not be written to one of the two.
+        """
+        try:
+            self._append(msgspec.json.encode(row) + b"\n")
+        finally:
+            self._show(row)
 
     def close(self) -> None:
         """Flush and close both."""
         self._file.close()
-        self._board.close()
+        if self._board is not None:
+            with contextlib.suppress(OSError):
+                self._board.close()
+
+    def _append(self, line: bytes) -> None:
+        start = self._file.seek(0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:]) or 0
+        except OSError:
+            self.lost += 1
+            self._file.truncate(start)
+            raise
+
+    def _show(self, row: dict[str, Any]) -> None:
+        """Hand the numbers of a row to TensorBoard, whose writer does not work again once it has failed."""
+        if self._board is None and time.monotonic() < self._reopen_at:
+            return
+        step = row["steps"]
+        try:
+            self._board = self._board or self._open_board(0)
+            for name, value in row.items():
+                values = {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+                for key, number in values.items():
+                    if isinstance(number, int | float) and math.isfinite(number):
+                        self._board.add_scalar(key, number, step)
+        except OSError:
+            board, self._board = self._board, None
+            self._reopen_at = time.monotonic() + REOPEN_S
+            with contextlib.suppress(Exception):
+                board.close()
+            raise
 
     def _cut_after(self, version: int) -> int:
         if not self._path.exists():

@@ -17,11 +17,16 @@ MAX_REISSUES = 2
 
 @dataclass(slots=True)
 class Member:
-    """An actor that is ready for tickets, with what it is to answer; a leaver finishes that and gets no more."""
+    """An actor that is ready for tickets, with what it is to answer.
+
+    leaving: it finishes that and gets no more
+    relieved: it gets no more while others are there
+    """
 
     peer: bytes
     index: int
     leaving: bool = False
+    relieved: bool = False
     worlds: list[int] = field(default_factory=list)
     outstanding: list[Ticket] = field(default_factory=list)
 
@@ -95,6 +100,19 @@ class TicketBook:
             member.leaving = True
             self._unbalanced = True
 
+    def relieve(self, peer: bytes) -> bool:
+        """Give what an actor is to answer, and its worlds, to the others at once; its late answers are of no account.
+
+        It stays as one who gets worlds when nobody else is left. False if there is nobody to give them to.
+        """
+        member = self._members.get(peer)
+        if member is None or all(other is member for other in self._staying()):
+            return False
+        member.relieved = True
+        self._lose(member)
+        self._balance()
+        return True
+
     def retired(self) -> list[bytes]:
         """The leavers that have answered everything, to be sent home and counted out."""
         return [m.peer for m in self._members.values() if m.leaving and not m.outstanding]
@@ -104,9 +122,7 @@ class TicketBook:
         member = self._members.pop(peer, None)
         if member is None:
             return
-        for ticket in member.outstanding:
-            self._lost += 1
-            self._open[ticket.batch].missing.update(ticket.worlds)
+        self._lose(member)
         if self._members and member.worlds:
             self._balance()
 
@@ -170,17 +186,25 @@ class TicketBook:
         else:
             self._rejected[rejected] += answers
 
+    def _lose(self, member: Member) -> None:
+        for ticket in member.outstanding:
+            self._lost += 1
+            self._open[ticket.batch].missing.update(ticket.worlds)
+        member.outstanding.clear()
+
     def _staying(self) -> list[Member]:
-        return [member for member in self.members if not member.leaving]
+        """Who gets tickets."""
+        staying = [member for member in self.members if not member.leaving]
+        return [member for member in staying if not member.relieved] or staying
 
     def _balance(self) -> None:
         members = self._staying()
         if not members:
             return
         before = {world: member.index for member in self.members for world in member.worlds}
-        for leaver in self.members:
-            if leaver.leaving:
-                leaver.worlds = []
+        for other in self.members:
+            if all(other is not member for member in members):
+                other.worlds = []
         begun = self._next > self._first  # the first assignment moves nothing
         assignment = assign_worlds(self._worlds, {member.index: member.worlds for member in members})
         for member in members:

@@ -1,0 +1,91 @@
+"""Checkpoints written while training goes on: the training thread copies, a thread of its own writes."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from rustyrl_learner import checkpoint
+from rustyrl_learner.checkpoint import Counters
+
+__all__ = ["CheckpointWriter", "Written"]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """How the writing of one checkpoint ended: ``path``, or None and the ``problem``."""
+
+    version: int
+    path: Path | None
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    counters: Counters
+    policy: bytes
+    tensors: dict[str, Tensor]
+    protected: set[int]
+
+
+class CheckpointWriter:
+    """Writes in the order that it was asked, and removes old checkpoints once a newer one is whole."""
+
+    def __init__(self, folder: Path, kept: int, fingerprint: str, incarnation: int) -> None:
+        self._folder = folder
+        self._kept = kept
+        self._fingerprint = fingerprint
+        self._incarnation = incarnation
+        self._jobs: queue.Queue[_Job | None] = queue.Queue()
+        self._ended: queue.Queue[Written] = queue.Queue()
+        self._waiting = 0
+        self.write_s = 0.0  # how long the newest took to write
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether one is being written."""
+        return self._waiting > 0
+
+    def begin(self, counters: Counters, policy: bytes, tensors: dict[str, Tensor], protected: set[int]) -> None:
+        """Copy the tensors and have them written; checkpoints of ``protected`` versions are not removed for it."""
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        self._waiting += 1
+        self._jobs.put(_Job(counters, policy, copies, protected))
+
+    def ended(self, timeout_s: float = 0.0) -> list[Written]:
+        """Those that were written, or could not be, since the last call; waits for the first if there is none."""
+        found: list[Written] = []
+        deadline = time.monotonic() + timeout_s
+        while self._waiting:
+            try:
+                found.append(self._ended.get(timeout=max(0.0, deadline - time.monotonic()) if not found else 0.0))
+            except queue.Empty:
+                break
+            self._waiting -= 1
+        return found
+
+    def close(self, timeout_s: float) -> None:
+        """End the thread, within a limit, after what it was asked to write."""
+        self._jobs.put(None)
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            version, started = job.counters.policy_version, time.monotonic()
+            try:
+                path = checkpoint.save(
+                    self._folder, job.counters, job.policy, job.tensors, self._fingerprint, self._incarnation
+                )
+                checkpoint.prune(self._folder, self._kept, job.protected)
+            except Exception as error:  # whatever it was, training goes on and the training thread says so
+                self._ended.put(Written(version, None, f"{type(error).__name__}: {error}"))
+            else:
+                self.write_s = time.monotonic() - started
+                self._ended.put(Written(version, path))
