@@ -71,7 +71,10 @@ class TicketBook:
         self._issued = self._trained = self._lost = self._waiting = 0
         self._rejected: Counter[str] = Counter()
         self._unbalanced = True
+        self._moving: dict[int, bytes] = {}  # worlds whose state is on its way, and who gives it
+        self._to_ask: list[tuple[bytes, int]] = []  # whom to ask for which of them
         self.worlds_moved = 0
+        self.worlds_restarted = 0  # of those, the ones that began new episodes
 
     @property
     def members(self) -> list[Member]:
@@ -110,12 +113,32 @@ class TicketBook:
             return False
         member.relieved = True
         self._lose(member)
+        self._await_no_more(peer)
         self._balance()
         return True
 
     def retired(self) -> list[bytes]:
-        """The leavers that have answered everything, to be sent home and counted out."""
-        return [m.peer for m in self._members.values() if m.leaving and not m.outstanding]
+        """The leavers that have answered everything and handed their worlds over, to be sent home and counted out."""
+        givers = set(self._moving.values())
+        return [m.peer for m in self._members.values() if m.leaving and not m.outstanding and m.peer not in givers]
+
+    def handovers(self) -> list[tuple[bytes, tuple[int, ...]]]:
+        """Who is to be asked for the state of which worlds; each is told once."""
+        asked, self._to_ask = self._to_ask, []
+        return [(peer, tuple(sorted(w for p, w in asked if p == peer))) for peer in dict(asked)]
+
+    def gives(self, peer: bytes, world: int) -> bool:
+        """Whether the state of this world is awaited from this actor."""
+        return self._moving.get(world) == peer
+
+    def owner(self, world: int) -> bytes | None:
+        """Who has a world now."""
+        return next((member.peer for member in self._members.values() if world in member.worlds), None)
+
+    def arrive(self, world: int, *, whole: bool) -> None:
+        """The state of a moving world has gone to its owner, or (not ``whole``) will not come: it begins anew."""
+        if self._moving.pop(world, None) is not None and not whole:
+            self.worlds_restarted += 1
 
     def leave(self, peer: bytes) -> None:
         """Count an actor out: its tickets are lost and its worlds move at once."""
@@ -123,6 +146,7 @@ class TicketBook:
         if member is None:
             return
         self._lose(member)
+        self._await_no_more(peer)
         if self._members and member.worlds:
             self._balance()
 
@@ -141,7 +165,7 @@ class TicketBook:
         orders: list[tuple[bytes, Ticket]] = []
         for number, batch in sorted(self._open.items()):
             for member in self._staying() if batch.missing else []:
-                if worlds := tuple(sorted(batch.missing.intersection(member.worlds))):
+                if worlds := tuple(sorted(batch.missing.intersection(member.worlds) - self._moving.keys())):
                     ticket = Ticket(number, batch.policy_version, worlds)
                     batch.missing.difference_update(worlds)
                     member.outstanding.append(ticket)
@@ -201,7 +225,7 @@ class TicketBook:
         members = self._staying()
         if not members:
             return
-        before = {world: member.index for member in self.members for world in member.worlds}
+        before = {world: member for member in self.members for world in member.worlds}
         for other in self.members:
             if all(other is not member for member in members):
                 other.worlds = []
@@ -209,8 +233,27 @@ class TicketBook:
         assignment = assign_worlds(self._worlds, {member.index: member.worlds for member in members})
         for member in members:
             member.worlds = assignment[member.index]
-            self.worlds_moved += sum(1 for w in member.worlds if begun and before.get(w) != member.index)
+            for world in member.worlds if begun else ():
+                if before.get(world) is not member:
+                    self._move(world, before.get(world))
         self._unbalanced = False
+
+    def _move(self, world: int, giver: Member | None) -> None:
+        """A world has another owner, who goes on with the state that the one before gives, if there is one."""
+        self.worlds_moved += 1
+        if world in self._moving:  # it moves on before it came
+            return
+        if giver is None or giver.relieved:
+            self.worlds_restarted += 1
+            return
+        self._moving[world] = giver.peer
+        self._to_ask.append((giver.peer, world))
+
+    def _await_no_more(self, giver: bytes) -> None:
+        """Whatever this actor was to hand over begins anew."""
+        for world in [world for world, peer in self._moving.items() if peer == giver]:
+            self.arrive(world, whole=False)
+        self._to_ask = [(peer, world) for peer, world in self._to_ask if peer != giver]
 
 
 def assign_worlds(worlds: int, owned: dict[int, list[int]]) -> dict[int, list[int]]:
