@@ -234,9 +234,13 @@ def test_a_leaver_answers_what_it_owes_is_sent_home_and_loses_nothing(collector)
         assert buffer is not None
         thread.publish(buffer, 1, WEIGHTS)
         peer.hand_over((0, 1))
-        assert namesake.ticket().worlds == (0, 1)
+        worlds = namesake.ticket().worlds
+        tickets_after = 1 if worlds == (0, 1) else 2  # one for each world, if the other was still on its way
+        if tickets_after == 2:
+            worlds += namesake.ticket().worlds
+        assert worlds == (0, 1)
         poll(lambda: [actor["index"] for actor in thread.snapshot()["actors"]] == [1], "one to be gone")
-        books = {"issued": 2, "trained": 1, "rejected": {}, "lost": 0, "outstanding": 1}
+        books = {"issued": 1 + tickets_after, "trained": 1, "rejected": {}, "lost": 0, "outstanding": tickets_after}
         poll(lambda: tickets(thread) == books, "the books")
 
 
@@ -250,10 +254,15 @@ def test_a_leaver_whose_answer_is_refused_is_sent_home_and_another_asked(collect
         poll(lambda: [a["index"] for a in thread.snapshot()["actors"] if a["ready"]] == [0, 1], "both")
         thread.retire(100)
         peer.answer(ticket, broken=True)
+        peer.hand_over((0, 1))
         assert peer.next(Goodbye)
-        other.answer(other.ticket())
+        first = other.ticket()
+        other.answer(first)
+        if first.worlds != (0, 1):
+            other.answer(other.ticket())
         assert thread.next_batch(10.0) is not None
-        books = {"issued": 2, "trained": 0, "rejected": {"malformed": 1}, "lost": 0, "outstanding": 1}
+        out = 1 if first.worlds == (0, 1) else 2
+        books = {"issued": 1 + out, "trained": 0, "rejected": {"malformed": 1}, "lost": 0, "outstanding": out}
         poll(lambda: tickets(thread) == books, "the books")
 
 

@@ -119,8 +119,10 @@ class TicketBook:
 
     def retired(self) -> list[bytes]:
         """The leavers that have answered everything and handed their worlds over, to be sent home and counted out."""
-        givers = set(self._moving.values())
-        return [m.peer for m in self._members.values() if m.leaving and not m.outstanding and m.peer not in givers]
+        held = set(self._moving.values())
+        if self._staying():  # else there is nobody to give worlds to
+            held |= {member.peer for member in self._members.values() if member.worlds}
+        return [m.peer for m in self._members.values() if m.leaving and not m.outstanding and m.peer not in held]
 
     def handovers(self) -> list[tuple[bytes, tuple[int, ...]]]:
         """Who is to be asked for the state of which worlds; each is told once."""
@@ -156,6 +158,8 @@ class TicketBook:
             return []
         if not any(member.worlds for member in self._members.values() if not member.leaving):
             self._balance()  # at the start, and after everyone had left: open batches must not wait for an edge
+        elif any(batch.missing.intersection(m.worlds) for batch in self._open.values() for m in self._leavers()):
+            self._balance()  # what was refused is for others to do again
         while self._next - self._lag <= max(newest_version, self._first):
             if self._unbalanced:
                 self._balance()
@@ -220,6 +224,9 @@ class TicketBook:
         """Who gets tickets."""
         staying = [member for member in self.members if not member.leaving]
         return [member for member in staying if not member.relieved] or staying
+
+    def _leavers(self) -> list[Member]:
+        return [member for member in self._members.values() if member.leaving]
 
     def _balance(self) -> None:
         members = self._staying()
