@@ -21,6 +21,7 @@ from rustyrl.goal import goal_conditions
 from rustyrl.interrupts import Interrupts
 from rustyrl.judge import Candidate, Judge
 from rustyrl.learner_keeper import LearnerDeath, LearnerKeeper
+from rustyrl.logs import LogKeeper
 from rustyrl.processes import Child, available_cores, await_end, start_child
 from rustyrl.progress import Progress
 from rustyrl.run_folder import ClusterFile, RunFolder, read_best
@@ -69,6 +70,7 @@ class Launcher:
         self._judge = Judge(config, goal_conditions(config.run, spec), folder.path / "logs" / "evaluate.log")
         self._judge.best = read_best(folder.path) if resume else None
         self._board = StatusBoard(folder.path, config, spec, self._learner, self._supervisor, self._judge)
+        self._logs = LogKeeper(folder.path / "logs")
         self._auto: AutoScale | None = parse_range(cluster.auto) if cluster.auto else None
         self._state = "starting"
         self._paused = False
@@ -77,6 +79,8 @@ class Launcher:
         self._kill_at: float | None = None
         self._failure: RunFailedError | UsageError | None = None
         self._control_address = ""
+        listen = config.cluster.listen
+        self._listen = folder.socket_address("link") if listen == "ipc" else loopback_address(listen)
         self._link = ""
         self._dead: list[int] = []  # incarnations of actors
         self._awaiting_checkpoint: list[bytes] = []  # who asked for one
@@ -125,14 +129,13 @@ class Launcher:
             self._progress.say(f"note: {idle_note(actors, config.batch.worlds)}")
         self._enter("starting")
         self._learner.start()
-        if config.cluster.listen == "ipc":  # the address is known, so they start while the learner imports torch
-            self._link = self._folder.socket_address("link")
+        if self._listen.startswith("ipc:"):  # the address is known, so they start while the learner imports torch
+            self._link = self._listen
             self._supervisor.scale(actors, self._retire)
 
     def _start_learner(self, incarnation: int) -> Child:
         """Start a learner: the first, or one that follows another on the same address."""
         cluster, supervisor = self._config.cluster, self._supervisor
-        listen = self._folder.socket_address("link") if cluster.listen == "ipc" else loopback_address(cluster.listen)
         first = self._learner.child is None
         expect = supervisor.wanted if first else sum(berth.running for berth in supervisor.berths)
         if first and cluster.expect >= 0:
@@ -147,7 +150,7 @@ class Launcher:
                 "--control",
                 self._control_address,
                 "--listen",
-                listen if first else self._link or listen,
+                self._listen if first else self._link or self._listen,
                 "--incarnation",
                 str(incarnation),
                 "--expect",
@@ -169,6 +172,7 @@ class Launcher:
                 actor=True,
                 black_box=box,
                 incarnation=incarnation,
+                niceness=self._config.cluster.actor_niceness,
             )
         except OSError:
             if box is not None:
@@ -192,6 +196,7 @@ class Launcher:
         self._judge_candidates(control)
         self._scale_by_wait(control)
         self._check_limits(control)
+        self._logs.turn()
         self._progress.show(self._board.view(self._state))
 
     def _hear(self, control: ControlServer, peer: bytes, message: dict[str, Any]) -> None:
