@@ -106,9 +106,12 @@ class TicketBook:
         It stays as one who gets worlds when nobody else is left. False if there is nobody to give them to.
         """
         member = self._members.get(peer)
-        if member is None or all(other is member for other in self._staying()):
+        others = [other for other in self._staying() if other is not member]
+        if member is None or not others:
             return False
         member.relieved = True
+        for other in others:
+            other.relieved = False  # one that stood in is one like any other
         self._lose(member)
         self._balance()
         return True
@@ -130,7 +133,7 @@ class TicketBook:
         """The tickets to send now that this version exists, oldest batch first."""
         if not self._staying():
             return []
-        if not any(member.worlds for member in self._members.values() if not member.leaving):
+        if not any(member.worlds for member in self._staying()):
             self._balance()  # at the start, and after everyone had left: open batches must not wait for an edge
         while self._next - self._lag <= max(newest_version, self._first):
             if self._unbalanced:
