@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rustyrl.autoscale import AutoScale, parse_range
+from rustyrl.autoscale import AutoScale, Reading, parse_range
 from rustyrl.black_box import BlackBox
 from rustyrl.channels import ControlServer, loopback_address
 from rustyrl.config import Config
@@ -332,11 +332,13 @@ class Launcher:
 
     def _scale_by_wait(self, control: ControlServer) -> None:
         """Let the number of actors follow the learner's wait, if that was asked for."""
-        if self._auto is None or self._state != "running":
+        report = self._learner.report
+        if self._auto is None or not report:
             return
-        wanted = self._auto.decide(
-            time.monotonic(), self._supervisor.wanted, self._board.wait_share(), self._board.sps()
-        )
+        if self._state != "running":
+            self._auto.interrupt()
+            return
+        wanted = self._auto.decide(self._supervisor.wanted, Reading.of(report, self._learner.reported_at))
         if wanted is not None and wanted != self._supervisor.wanted:
             self._scale(control, wanted)
 

@@ -85,7 +85,9 @@ class LearnerKeeper:
     def start(self) -> None:
         """Start the first, or the next."""
         self._restart_at = None
-        if self.child is not None:
+        if self.child is None:
+            self._checkpoint_then = self._newest_checkpoint()
+        else:
             self.child.close()
             self.incarnation += 1
         self.peer, self.listening, self.ended = None, False, ""

@@ -24,6 +24,7 @@ class TicketWalk(RuleBasedStateMachine):
         self.newest = first
         self.indices: dict[bytes, int] = {}
         self.leaving: set[bytes] = set()
+        self.relieved: set[bytes] = set()
         self.out: list[tuple[bytes, Ticket]] = []
         self.placed: dict[int, list[Ticket]] = {}
         self.tried: Counter[tuple[int, int]] = Counter()
@@ -67,6 +68,10 @@ class TicketWalk(RuleBasedStateMachine):
         self.book.leave(peer)
         del self.indices[peer]
         self.leaving.discard(peer)
+        self.relieved.discard(peer)
+        self.lose_tickets(peer)
+
+    def lose_tickets(self, peer: bytes) -> None:
         self.lost += sum(1 for owner, _ in self.out if owner == peer)
         self.out = [(owner, ticket) for owner, ticket in self.out if owner != peer]
 
@@ -80,6 +85,27 @@ class TicketWalk(RuleBasedStateMachine):
     @rule()
     def retire_a_stranger(self) -> None:
         self.book.retire(b"nobody")
+
+    def getters(self) -> set[bytes]:
+        """Who is given tickets: those that stay, and those that were relieved only if nobody else does."""
+        staying = self.indices.keys() - self.leaving
+        return (staying - self.relieved) or staying
+
+    @precondition(lambda self: self.indices)
+    @rule(data=st.data())
+    def relieve(self, data: st.DataObject) -> None:
+        peer = data.draw(st.sampled_from(sorted(self.indices)))
+        others = self.getters() - {peer}
+        assert self.book.relieve(peer) == bool(others)
+        if others:
+            self.relieved = self.relieved - others | {peer}
+            self.lose_tickets(peer)
+            (member,) = [member for member in self.book.members if member.peer == peer]
+            assert (member.worlds, member.outstanding) == ([], [])
+
+    @rule()
+    def relieve_a_stranger(self) -> None:
+        assert not self.book.relieve(b"nobody")
 
     @rule()
     def send_home(self) -> None:
@@ -100,7 +126,7 @@ class TicketWalk(RuleBasedStateMachine):
             assert self.newest <= ticket.batch <= self.newest + self.lag
             assert ticket.worlds == tuple(sorted(set(ticket.worlds)))
             assert self.book.owes(peer, ticket)
-            assert peer not in self.leaving
+            assert peer in self.getters()
             self.seen = max(self.seen, ticket.batch)
         self.out += orders
         self.issued += len(orders)
@@ -190,6 +216,9 @@ class TicketWalk(RuleBasedStateMachine):
         owned = [world for member in members for world in member.worlds]
         assert len(owned) == len(set(owned))
         assert {member.peer for member in members if member.leaving} == self.leaving
+        assert {member.peer for member in members if member.relieved} == self.relieved
+        assert all(self.book.owing(member.peer) == bool(member.outstanding) for member in members)
+        assert not self.book.owing(b"nobody")
 
     @invariant()
     def leavers_go_once_they_owe_nothing(self) -> None:
@@ -579,3 +608,62 @@ def test_assignment_leaves_its_argument_as_it_is() -> None:
     before = {0: [3, 1, 0, 2], 1: []}
     assign_worlds(4, before)
     assert before == {0: [3, 1, 0, 2], 1: []}
+
+
+def test_who_is_relieved_answers_no_more_and_its_worlds_go_out_at_once() -> None:
+    book = book_with(0, 1, worlds=4, lag=1)
+    orders = book.due(0)
+    assert book.relieve(b"1")
+    assert [book.owes(peer, ticket) for peer, ticket in orders] == [peer == b"0" for peer, _ in orders]
+    assert owned(book) == {0: [0, 1, 2, 3], 1: []}
+    assert book.due(0) == [(b"0", Ticket(0, 0, (2, 3))), (b"0", Ticket(1, 0, (2, 3)))]
+    assert book.books() == Books(issued=6, trained=0, rejected={}, lost=2, outstanding=4)
+    assert book.worlds_moved == 2
+    assert book.retired() == []  # it stays
+    assert book.relieve(b"1")  # once more is nothing
+    assert book.books() == Books(issued=6, trained=0, rejected={}, lost=2, outstanding=4)
+
+
+def test_the_last_one_is_not_relieved() -> None:
+    book = book_with(0, 1)
+    book.due(0)
+    book.retire(b"1")
+    before = book.books()
+    assert not book.relieve(b"0")
+    assert not book.relieve(b"nobody")
+    assert book.books() == before
+    assert owned(book)[0] == [0, 1]
+
+
+def test_who_was_relieved_stands_in_when_nobody_else_is_left() -> None:
+    book = book_with(0, 1, lag=0)
+    book.due(0)
+    book.relieve(b"1")
+    book.due(0)
+    book.leave(b"0")
+    assert book.due(0) == [(b"1", Ticket(0, 0, (0, 1, 2, 3)))]
+
+
+def test_of_two_that_were_relieved_one_can_be_relieved_again() -> None:
+    """They stand in for who has gone; then the other is left with it all, and is one like any other."""
+    book = book_with(0, 1, 2, lag=0)
+    book.due(0)
+    book.relieve(b"1")
+    book.relieve(b"2")
+    book.leave(b"0")
+    assert owned(book) == {1: [0, 1], 2: [2, 3]}
+    book.due(0)
+    assert book.relieve(b"1")
+    assert owned(book) == {1: [], 2: [0, 1, 2, 3]}
+    assert {peer for peer, _ in book.due(0)} == {b"2"}
+    assert [member.relieved for member in book.members] == [True, False]
+
+
+def test_who_comes_while_those_relieved_stand_in_gets_what_is_missing() -> None:
+    book = book_with(0, 1, lag=0)
+    book.due(0)
+    book.relieve(b"1")
+    book.due(0)
+    book.leave(b"0")  # its worlds are the other's now
+    book.join(b"2", 2)  # before anybody asked what is due
+    assert book.due(0) == [(b"2", Ticket(0, 0, (0, 1, 2, 3)))]

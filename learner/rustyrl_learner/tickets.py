@@ -109,9 +109,12 @@ class TicketBook:
         It stays as one who gets worlds when nobody else is left. False if there is nobody to give them to.
         """
         member = self._members.get(peer)
-        if member is None or all(other is member for other in self._staying()):
+        others = [other for other in self._staying() if other is not member]
+        if member is None or not others:
             return False
         member.relieved = True
+        for other in others:
+            other.relieved = False  # one that stood in is one like any other
         self._lose(member)
         self._await_no_more(peer)
         self._balance()
@@ -156,7 +159,7 @@ class TicketBook:
         """The tickets to send now that this version exists, oldest batch first."""
         if not self._staying():
             return []
-        if not any(member.worlds for member in self._members.values() if not member.leaving):
+        if not any(member.worlds for member in self._staying()):
             self._balance()  # at the start, and after everyone had left: open batches must not wait for an edge
         elif any(batch.missing.intersection(m.worlds) for batch in self._open.values() for m in self._leavers()):
             self._balance()  # what was refused is for others to do again
