@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from collections.abc import Iterator
@@ -154,7 +155,7 @@ def test_the_curve_of_a_long_run_is_thinned_out_evenly(board):
     assert CURVE_POINTS / 2 <= len(points) <= CURVE_POINTS
     assert all(steps == 100 * mean for steps, mean in points)
     assert points[0][0] == 100
-    gaps = {after[0] - before[0] for before, after in zip(points, points[1:], strict=False)}
+    gaps = {after[0] - before[0] for before, after in itertools.pairwise(points)}
     assert len(gaps) == 1
     assert points[-1][0] >= 100 * (5 * CURVE_POINTS - 16)
 
