@@ -14,8 +14,5 @@ RUN useradd --uid 1000 --create-home rustyrl && install -d -o rustyrl /link
 COPY --from=build /install /usr/local
 USER 1000
 WORKDIR /rustyrl
-# The kernel keeps from process 1 every signal that it has no handler for; Python has one for SIGINT alone. On it the
-# actor tells the learner that it leaves.
-STOPSIGNAL SIGINT
 ENTRYPOINT ["rustyrl", "actor"]
 CMD ["--join", "ipc:///link/learner"]

@@ -15,7 +15,7 @@ from rich.text import Text
 
 __all__ = ["LiveProgress", "PlainProgress", "Progress", "View", "make_progress"]
 
-PLAIN_EVERY_S = 2.0
+PLAIN_EVERY_S, PLAIN_SHARE = 2.0, 0.02  # the latter of the time since the start
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +81,12 @@ class LiveProgress:
 
 
 class PlainProgress:
-    """A line every two seconds, for pipes and logs."""
+    """A line every two seconds, for pipes and logs; later on less often, as nobody watches for hours."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._last = 0.0
+        self._started = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -97,9 +98,10 @@ class PlainProgress:
 
     def show(self, view: View) -> None:
         """Print a line, if the last is old enough."""
-        if time.monotonic() - self._last < PLAIN_EVERY_S:
+        now = time.monotonic()
+        if now - self._last < max(PLAIN_EVERY_S, (now - self._started) * PLAIN_SHARE):
             return
-        self._last = time.monotonic()
+        self._last = now
         self.say(
             f"{_clock(view.seconds)} {view.state}: " + ", ".join(f"{name} {value}" for name, value in _cells(view))
         )

@@ -71,7 +71,7 @@ class RunFolder:
         self.path = path.resolve()
         self._sockets: Path | None = None
         self._before: dict[str, bytes] = {}
-        self._created = not self.path.is_dir() or not any(self.path.iterdir())
+        self._created = not self.path.is_dir() or _is_empty(self.path)
         try:
             self._check(resume)
             self.path.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ class RunFolder:
             raise UsageError(f"{self.path} holds no run to resume")
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path} is not a folder")
-        if not resume and self.path.exists() and any(self.path.iterdir()):
+        if not resume and self.path.exists() and not _is_empty(self.path):
             if is_live(self.path):
                 raise UsageError(f"{self.path} belongs to a run that is going on; choose another --run")
             what = "holds a run already; continue it with --resume" if ours else "is not empty and not a run"
@@ -244,6 +244,11 @@ def is_live(path: Path) -> bool:
         return not _try_lock(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a folder holds nothing but what a launcher makes before it writes anything of its run."""
+    return all(entry.name in ("lock", "logs", "sockets") for entry in path.iterdir()) and not is_live(path)
 
 
 def _read(path: Path, kind: type[T]) -> T | None:

@@ -189,7 +189,7 @@ def test_up_adds_members_while_it_trains(project: Project):
 def test_stopped_actor_leaves_by_itself(project: Project):
     victim = project.containers("actor")[0]
     run("docker", "stop", victim["Id"])
-    assert project.await_exit(victim) == 130  # 137 would be a kill at the end of the grace
+    assert project.await_exit(victim) == 143  # 137 would be a kill at the end of the grace
     project.await_training(4)
 
 

@@ -78,8 +78,9 @@ def _run(arguments: argparse.Namespace, results: BinaryIO) -> None:
 
 
 def _explain_ends() -> None:
-    """Have a crash in native code, and whoever asks by a signal, print where every thread is."""
+    """Have a crash in native code, and whoever asks by a signal, print where every thread is; end well on SIGTERM."""
     faulthandler.enable()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # through what closes and says goodbye
     if hasattr(signal, "SIGUSR1"):
         faulthandler.register(signal.SIGUSR1)
 
