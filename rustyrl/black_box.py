@@ -6,13 +6,14 @@ The launcher makes the memory and the actor inherits it by file descriptor: no n
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
 import struct
 import sys
 import tempfile
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -28,6 +29,8 @@ LAYOUT_AT = 64  # u32 length and JSON: what the actions are
 ACTIONS_AT = 4096
 ALIGNMENT = 64
 IDLE, BUILDING = -1, -1
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Layout = tuple[dict[str, tuple[str, list[Count], Count]], dict[int, tuple[Count, Count]]]  # parts, worlds' slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ class BlackBox:
         """Map what `create` made; ``descriptor`` stays open until `close`."""
         self.descriptor = descriptor
         self._memory = mmap.mmap(descriptor, ROOM)
-        self._beats = self._answered = 0
+        self._beats, self._answered = NOW.unpack_from(self._memory, 0)[:2]
 
     @classmethod
     def create(cls) -> BlackBox | None:
@@ -67,9 +70,13 @@ class BlackBox:
             return None
         try:
             descriptor = os.memfd_create("rustyrl") if hasattr(os, "memfd_create") else _nameless_file()
+        except OSError:
+            return None
+        try:
             os.ftruncate(descriptor, ROOM)
             box = cls(descriptor)
         except OSError:
+            os.close(descriptor)
             return None
         box.rest()
         return box
@@ -98,6 +105,7 @@ class BlackBox:
         Returns:
             The arrays, zero; ordinary ones if they do not fit.
         """
+        struct.pack_into("=I", self._memory, LAYOUT_AT, 0)  # none, until it is whole and the arrays are as it says
         layout, at = {}, ACTIONS_AT
         for name, array in like.items():
             layout[name] = (array.dtype.str, array.shape, at)
@@ -105,14 +113,12 @@ class BlackBox:
         slots = {world: (columns.start, columns.stop) for world, columns in columns.items()}
         content = msgspec.json.encode((layout, slots))
         if at > ROOM or len(content) > ACTIONS_AT - LAYOUT_AT - 4:
-            content = b""
-        struct.pack_into("=I", self._memory, LAYOUT_AT, len(content))
-        self._memory[LAYOUT_AT + 4 : LAYOUT_AT + 4 + len(content)] = content
-        if not content:
             return {name: np.zeros_like(array) for name, array in like.items()}
         arrays = {name: self._array(dtype, shape, offset) for name, (dtype, shape, offset) in layout.items()}
         for array in arrays.values():
             array[...] = 0
+        self._memory[LAYOUT_AT + 4 : LAYOUT_AT + 4 + len(content)] = content
+        struct.pack_into("=I", self._memory, LAYOUT_AT, len(content))
         return arrays
 
     # The launcher's side
@@ -138,10 +144,10 @@ class BlackBox:
         (length,) = struct.unpack_from("=I", self._memory, LAYOUT_AT)
         world = self.deed().world
         try:
-            layout, slots = msgspec.json.decode(self._memory[LAYOUT_AT + 4 : LAYOUT_AT + 4 + length])
-            start, stop = slots[str(world)]
+            layout, slots = msgspec.json.decode(self._memory[LAYOUT_AT + 4 : LAYOUT_AT + 4 + length], type=Layout)
+            start, stop = slots[world]
             return {name: self._array(*entry)[start:stop].copy() for name, entry in layout.items()}
-        except (msgspec.DecodeError, KeyError, ValueError, TypeError):  # none, or it died while it wrote them
+        except (msgspec.DecodeError, LookupError, ValueError, TypeError, OverflowError):  # none, or overwritten
             return None
 
     def close(self) -> None:
@@ -153,7 +159,9 @@ class BlackBox:
             self.descriptor = -1
 
     def _array(self, dtype: str, shape: list[int] | tuple[int, ...], offset: int) -> NDArray[Any]:
-        return np.ndarray(tuple(shape), np.dtype(dtype), self._memory, offset)
+        # Not np.ndarray(buffer=...): that would not keep the memory from being closed under it.
+        array: NDArray[Any] = np.frombuffer(self._memory, np.dtype(dtype), math.prod(shape), offset)
+        return array.reshape(shape)
 
 
 def _nameless_file() -> int:

@@ -13,6 +13,7 @@ import contextlib
 import os
 import socket
 import stat
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ __all__ = [
     "RolloutReceiver",
     "RolloutSender",
     "Sent",
+    "has_ipc",
     "loopback_address",
 ]
 
@@ -315,6 +317,11 @@ class ControlClient(_Sockets):
         """Close the socket after what was sent has left, within a limit."""
         self._dealer.close(linger=1000)
         super().close()
+
+
+def has_ipc() -> bool:
+    """Whether processes of this machine can talk over Unix sockets."""
+    return bool(zmq.has("ipc")) and sys.platform != "win32"
 
 
 def loopback_address(address: str) -> str:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rustyrl.autoscale import AutoScale, parse_range
+from rustyrl.autoscale import AutoScale, Reading, parse_range
 from rustyrl.black_box import BlackBox
 from rustyrl.channels import ControlServer, loopback_address
 from rustyrl.config import Config
@@ -22,6 +22,7 @@ from rustyrl.goal import goal_conditions
 from rustyrl.interrupts import Interrupts
 from rustyrl.judge import Candidate, Judge
 from rustyrl.learner_keeper import LearnerDeath, LearnerKeeper
+from rustyrl.logs import LogKeeper
 from rustyrl.processes import Child, available_cores, await_end, start_child
 from rustyrl.progress import Progress
 from rustyrl.run_folder import ClusterFile, RunFolder, read_best
@@ -73,6 +74,7 @@ class Launcher:
         self._judge = Judge(config, goal_conditions(config.run, spec), folder.path / "logs" / "evaluate.log")
         self._judge.best = read_best(folder.path) if resume else None
         self._board = StatusBoard(folder.path, config, spec, self._learner, self._supervisor, self._judge)
+        self._logs = LogKeeper(folder.path / "logs")
         self._auto: AutoScale | None = parse_range(cluster.auto) if cluster.auto else None
         self._state = "starting"
         self._paused = False
@@ -81,6 +83,8 @@ class Launcher:
         self._kill_at: float | None = None
         self._failure: RunFailedError | UsageError | None = None
         self._control_address = ""
+        listen = config.cluster.listen
+        self._listen = folder.socket_address("link") if listen == "ipc" else loopback_address(listen)
         self._link = ""
         self._dead: list[int] = []  # incarnations of actors
         self._awaiting_checkpoint: list[bytes] = []  # who asked for one
@@ -142,14 +146,13 @@ class Launcher:
             self._progress.say(f"note: {idle_note(actors, config.batch.worlds)}")
         self._enter("starting")
         self._learner.start()
-        if config.cluster.listen == "ipc":  # the address is known, so they start while the learner imports torch
-            self._link = self._folder.socket_address("link")
+        if self._listen.startswith("ipc:"):  # the address is known, so they start while the learner imports torch
+            self._link = self._listen
             self._supervisor.scale(actors, self._retire)
 
     def _start_learner(self, incarnation: int) -> Child:
         """Start a learner: the first, or one that follows another on the same address."""
         cluster, supervisor = self._config.cluster, self._supervisor
-        listen = self._folder.socket_address("link") if cluster.listen == "ipc" else loopback_address(cluster.listen)
         first = self._learner.child is None
         expect = supervisor.wanted if first else sum(berth.running for berth in supervisor.berths)
         if first and cluster.expect >= 0:
@@ -164,7 +167,7 @@ class Launcher:
                 "--control",
                 self._control_address,
                 "--listen",
-                listen if first else self._link or listen,
+                self._listen if first else self._link or self._listen,
                 "--incarnation",
                 str(incarnation),
                 "--expect",
@@ -186,6 +189,7 @@ class Launcher:
                 actor=True,
                 black_box=box,
                 incarnation=incarnation,
+                niceness=self._config.cluster.actor_niceness,
             )
         except OSError:
             if box is not None:
@@ -209,6 +213,7 @@ class Launcher:
         self._judge_candidates(control)
         self._scale_by_wait(control)
         self._check_limits(control)
+        self._logs.turn()
         self._show()
 
     def _show(self) -> None:
@@ -353,11 +358,13 @@ class Launcher:
 
     def _scale_by_wait(self, control: ControlServer) -> None:
         """Let the number of actors follow the learner's wait, if that was asked for."""
-        if self._auto is None or self._state != "running":
+        report = self._learner.report
+        if self._auto is None or not report:
             return
-        wanted = self._auto.decide(
-            time.monotonic(), self._supervisor.wanted, self._board.wait_share(), self._board.sps()
-        )
+        if self._state != "running":
+            self._auto.interrupt()
+            return
+        wanted = self._auto.decide(self._supervisor.wanted, Reading.of(report, self._learner.reported_at))
         if wanted is not None and wanted != self._supervisor.wanted:
             self._scale(control, wanted)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +11,10 @@ from typing import Any
 
 from rustyrl.crash import describe_end, write_crash
 from rustyrl.processes import Child
-from rustyrl.restarts import Restarts
+from rustyrl.restarts import FROM_OUTSIDE, Restarts
 
 __all__ = ["LearnerDeath", "LearnerKeeper"]
 
-OUTSIDE = (0, -signal.SIGKILL, -signal.SIGTERM)  # somebody else ended it, or the kernel for want of memory
 SIGNALED = "signal"  # the reason that a learner gives when it ends because of SIGTERM
 
 
@@ -90,7 +88,9 @@ class LearnerKeeper:
     def start(self) -> None:
         """Start the first, or the next."""
         self._restart_at = None
-        if self.child is not None:
+        if self.child is None:
+            self._checkpoint_then = self._newest_checkpoint()
+        else:
             self.child.close()
             self.incarnation += 1
         self.peer, self.listening, self.ended = None, False, ""
@@ -125,7 +125,8 @@ class LearnerKeeper:
         record = write_crash(self._crashes, self.child, what, [f"incarnation {self.incarnation}"], tail)
         cause = f"the learner (process {self.child.pid}) {what}; see {record}\n{tail}"
         grown = self.report.get("version", 0) > self._version_then
-        return replace_fields(self._follow(cause, counted=code not in OUTSIDE or not grown), record=record)
+        death = self._follow(cause, counted=code not in (0, *FROM_OUTSIDE) or not grown)
+        return replace_fields(death, record=record)
 
     def _follow(self, cause: str, *, counted: bool) -> LearnerDeath:
         """Decide whether another follows, and when."""

@@ -70,6 +70,7 @@ FIGURES = (
     Figure("learner_memory_bytes", "resident memory of the learner", single("learner", "memory_bytes")),
     Figure("worlds", "worlds of the run", single("worlds")),
     Figure("worlds_moved_total", "moves of a world to another actor", single("worlds_moved")),
+    Figure("worlds_restarted_total", "those of them that began new episodes", single("worlds_restarted")),
     Figure("actors", "actors that are ready", lambda s: [({}, sum(row["ready"] for row in s["actors"]))]),
     Figure("actors_wanted", "actors that this machine is to have", single("actors_wanted")),
     Figure("actor_restarts_total", "actors that followed a dead one", single("actor_restarts")),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from collections import deque
 
-__all__ = ["Restarts"]
+__all__ = ["FROM_OUTSIDE", "Restarts"]
+
+# Exit codes of a process that somebody else ended, or the kernel for want of memory.
+FROM_OUTSIDE = (-getattr(signal, "SIGKILL", signal.SIGTERM), -signal.SIGTERM)
 
 FIRST_PAUSE_S = 0.25  # before the first restart; doubled with each that follows within the window
 LONGEST_PAUSE_S = 2.0

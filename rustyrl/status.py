@@ -21,7 +21,7 @@ from rustyrl.usage import UNKNOWN, Usage
 __all__ = ["StatusBoard"]
 
 CURVE_POINTS = 240  # of the learning curve; older ones are thinned out
-LISTED_APART = {"kind", "actors", "tickets", "gpu", "silent", "worlds_moved"}
+LISTED_APART = {"kind", "actors", "tickets", "gpu", "silent", "worlds_moved", "worlds_restarted"}
 LISTED_APART |= {"received_bytes", "sent_bytes", "refused_messages"}
 CRASHES_SHOWN = 5
 
@@ -108,6 +108,7 @@ class StatusBoard:
             "auto": auto,
             "worlds": self._config.batch.worlds,
             "worlds_moved": report.get("worlds_moved", 0),
+            "worlds_restarted": report.get("worlds_restarted", 0),
             "tickets": report.get("tickets", {}),
             "tickets_before": self._learner.past,
             "wire": {

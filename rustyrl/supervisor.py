@@ -12,12 +12,11 @@ from rustyrl.black_box import BlackBox
 from rustyrl.crash import describe_deed, describe_end, write_crash
 from rustyrl.errors import ContractError
 from rustyrl.processes import Child
-from rustyrl.restarts import Restarts
+from rustyrl.restarts import FROM_OUTSIDE, Restarts
 
 __all__ = ["Berth", "Death", "Supervisor"]
 
 EXPLAINED = (0, ContractError.exit_code)  # sent home, or a world that no other actor could go on with: not replaced
-OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)  # somebody else ended it, or the kernel for want of memory
 LAST_WORDS_S = 0.3  # for a stuck actor to print where it is, before it is killed
 
 
@@ -184,7 +183,7 @@ class Supervisor:
         pause: float | None = None
         loop = ""
         if not berth.leaving and code not in EXPLAINED and replace:
-            if code in OUTSIDE and not silent and box is not None and box.answered:  # it was well until then
+            if code in FROM_OUTSIDE and not silent and box is not None and box.answered:  # it was well until then
                 pause = Restarts(1, 1.0).died(now)
             else:
                 pause, loop = self._count(berth, box, now)

@@ -8,7 +8,8 @@ built from them. What fails raises `WireError` with a reason under which it is c
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import math
+from typing import Annotated, Any, Literal
 
 import msgpack
 import msgspec
@@ -26,13 +27,14 @@ from rustyrl.rollout import (
     array_bytes,
     rollout_from_arrays,
 )
-from rustyrl.spec import ArraySpec
+from rustyrl.spec import ArraySpec, Shape
 from rustyrl.weights import Weights, decode_weights
 
 __all__ = [
     "WIRE_VERSION",
     "Fault",
     "Goodbye",
+    "HandOver",
     "Hello",
     "Lease",
     "Ready",
@@ -41,11 +43,14 @@ __all__ = [
     "TicketMessage",
     "WeightsHeader",
     "Welcome",
+    "WorldState",
     "decode_header",
     "decode_rollout",
     "decode_weights_message",
+    "decode_world_state",
     "encode_message",
     "encode_rollout",
+    "encode_world_state",
 ]
 
 WIRE_VERSION = 3
@@ -125,6 +130,45 @@ class Fault(_Message, frozen=True, tag="fault"):
     reason: Text
 
 
+class StateArray(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One named array of a world's state."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    shape: Shape
+    dtype: Literal[
+        "bool",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint8",
+        "uint16",
+        "uint32",
+        "uint64",
+        "float16",
+        "float32",
+        "float64",
+    ]
+
+
+class HandOver(_Message, frozen=True, tag="hand-over"):
+    """Learner to actor: these worlds are another's from now on; send what you have of them, and forget them."""
+
+    worlds: Worlds
+
+
+class WorldState(_Message, frozen=True, tag="world-state"):
+    """Actor to learner, and learner to the next owner: the blob is a world as it stands before ``next_batch``.
+
+    built: the batch that its episodes began with. No arrays: it cannot be had, and begins anew.
+    """
+
+    world: Annotated[int, Meta(ge=0, lt=MAX_WORLDS)]
+    next_batch: Count
+    built: Count
+    arrays: Annotated[tuple[StateArray, ...], Meta(max_length=MAX_ARRAYS)]
+
+
 class Lease(_Message, frozen=True, tag="lease"):
     """Either way: I live. From an actor also how many env steps it has begun, so that slow is told from stuck."""
 
@@ -155,7 +199,19 @@ class RolloutHeader(_Message, frozen=True, tag="rollout"):
 
 
 Message = (
-    Hello | Welcome | Ready | Refusal | Rejoin | Fault | TicketMessage | WeightsHeader | Lease | Goodbye | RolloutHeader
+    Hello
+    | Welcome
+    | Ready
+    | Refusal
+    | Rejoin
+    | Fault
+    | TicketMessage
+    | WeightsHeader
+    | HandOver
+    | WorldState
+    | Lease
+    | Goodbye
+    | RolloutHeader
 )
 
 
@@ -272,6 +328,43 @@ def decode_rollout(header: RolloutHeader, blob: memoryview) -> Rollout:
         return rollout_from_arrays(views, origin, episodes, final_index=views["final_index"])
     except KeyError as error:
         raise WireError("malformed", f"the rollout lacks the array {error}") from None
+
+
+def encode_world_state(
+    world: int, next_batch: int, built: int, arrays: dict[str, NDArray[np.generic]]
+) -> tuple[WorldState, bytes]:
+    """A world's state as a message and its blob.
+
+    Raises:
+        WireError: it is larger than a message may be.
+    """
+    listed = tuple(StateArray(name, array.shape, str(array.dtype)) for name, array in arrays.items())  # type: ignore[arg-type]
+    blob = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays.values())
+    header = WorldState(world, next_batch, built, listed)
+    if len(blob) > MAX_BLOB_BYTES or len(listed) > MAX_ARRAYS or len(encode_message(header)) > MAX_HEADER_BYTES:
+        raise WireError("oversize", f"the state of world {world} takes {len(blob)} bytes in {len(listed)} arrays")
+    return header, blob
+
+
+def decode_world_state(header: WorldState, blob: memoryview) -> dict[str, NDArray[np.generic]]:
+    """The arrays of a world's state, copies of what the blob holds."""
+    arrays: dict[str, NDArray[np.generic]] = {}
+    offset = 0
+    for array in header.arrays:
+        count = math.prod(array.shape) * np.dtype(array.dtype).itemsize
+        if offset + count > len(blob):
+            raise WireError("truncated", f"{array.name} ends at byte {offset + count} of {len(blob)}")
+        content = bytes(blob[offset : offset + count])
+        if array.dtype == "bool" and content.strip(b"\0\1"):
+            raise WireError("malformed", f"{array.name} holds bytes that are neither False nor True")
+        try:
+            arrays[array.name] = np.frombuffer(content, array.dtype).reshape(array.shape)
+        except ValueError as error:
+            raise WireError("malformed", f"{array.name}: {error}") from None
+        offset += count
+    if offset != len(blob):
+        raise WireError("malformed", f"the arrays take {offset} bytes, the blob has {len(blob)}")
+    return arrays
 
 
 def decode_weights_message(blob: memoryview) -> Weights:

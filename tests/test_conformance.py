@@ -19,7 +19,12 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 COLUMN, OBJECT = f"{WORLDS}/faulty.py:ColumnWalk", f"{WORLDS}/faulty.py:ObjectWalk"
 ARENA = f"{WORLDS}/arena.py:{Arena.__name__}"
 STEPS = 40
-AGAIN = {"clean reset", "independent slots", "independent worlds"}  # all that compares a trial with another
+AGAIN = {
+    "clean reset",
+    "saved state",
+    "independent slots",
+    "independent worlds",
+}  # all that compares a trial with another
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -65,7 +70,10 @@ BOTH = {
         "module globals or class attributes",
     ),
     "keeps state": fault(
-        "clean reset", r"used before gave other numbers .*: reward of slot 0 at step 0:", "put back everything"
+        "clean reset",
+        r"used before gave other numbers .*: reward of slot 0 at step 0:",
+        "put back everything",
+        "saved state",
     ),
     "does not reset": fault(
         "reset in the same step", "is still its last one: the world was not reset", r"reset\(\) must start", *AGAIN
@@ -81,6 +89,7 @@ BOTH = {
         r"^(reward|observation 'main') of step 0 was changed by a later step",
         "keep copies of what you need",
         "clean reset",  # what is kept is a row of the trial before
+        "saved state",
     ),
     "ignores the seed": fault("seeds", "two seeds gave the same numbers in every step", "from the rng that reset"),
     "unknown goal": fault(
@@ -88,6 +97,11 @@ BOTH = {
     ),
     "float64": fault("declaration", "this Box is float64, give it dtype=np.float32", "mend the declaration"),
     "discrete observation": fault("declaration", "Discrete.5.; expected .*one-hot", "mend the declaration"),
+    "forgets a number": fault(
+        "saved state",
+        r"^a world that went on from its saved state gave other numbers: .* of slot \d at step 19",
+        r"save_state\(\) must give everything",
+    ),
     "crashes": fault(
         "runs",
         r"^ZeroDivisionError: the world fell over \(.*faulty.py, line \d+, in process\); raised in world .*, tick 3",
@@ -259,7 +273,14 @@ def test_assert_conforms_lists_every_problem_and_its_remedy() -> None:
 def test_what_does_not_apply_says_why() -> None:
     findings, _ = check_environment("gym:CartPole-v1", {"slots": 2})
     skipped = {finding.check: finding.problem for finding in findings if finding.passed is None}
-    assert skipped.keys() == {"observations", "metrics", "seeds", "reset in the same step", "independent slots"}
+    assert skipped.keys() == {
+        "observations",
+        "metrics",
+        "seeds",
+        "reset in the same step",
+        "independent slots",
+        "saved state",
+    }
     assert all(len(reason.split()) >= 3 for reason in skipped.values())
     findings, _ = check_environment(COLUMN, {"slots": 1})
     assert [f.problem for f in findings if f.passed is None] == ["a world has one slot"]

@@ -14,11 +14,13 @@ import pytest
 from clusters import poll
 
 from rustyrl import supervisor as module
+from rustyrl.black_box import BlackBox
 from rustyrl.processes import Child
 from rustyrl.restarts import FIRST_PAUSE_S, LONGEST_PAUSE_S
-from rustyrl.supervisor import Death, Supervisor
+from rustyrl.supervisor import LAST_WORDS_S, Death, Supervisor
 
 WAITS = "import sys; sys.stdin.read()"  # until it is killed, or until who started it has gone
+LEASE_S = 20.0
 
 
 class Clock:
@@ -42,16 +44,22 @@ class Crew:
         self.program = WAITS
         self.started: list[tuple[int, Child]] = []
         self.retired: list[Child] = []
-        self.supervisor = Supervisor(self.start, folder / "crashes", restarts, window_s)
+        self.refuse = 0  # so many starts
+        self.boxed = False  # actors that can say what they do
+        self.supervisor = Supervisor(self.start, folder / "crashes", restarts, window_s, LEASE_S, seed=5)
 
     def start(self, index: int) -> Child:
+        if self.refuse:
+            self.refuse -= 1
+            raise OSError(11, "Resource temporarily unavailable")
         log = self.folder / f"actor-{index}.log"
         with log.open("ab") as output:
             process = subprocess.Popen(
                 [sys.executable, "-S", "-E", "-c", self.program], stdin=subprocess.PIPE, stderr=output
             )
         descriptor = os.pidfd_open(process.pid) if sys.platform == "linux" else -1
-        child = Child(f"actor {index}", process, log, descriptor)
+        box = BlackBox.create() if self.boxed else None
+        child = Child(f"actor {index}", process, log, descriptor, black_box=box, incarnation=100 + len(self.started))
         self.started.append((index, child))
         return child
 
@@ -80,6 +88,17 @@ class Crew:
         """The newest process of an index."""
         return [child for other, child in self.started if other == index][-1]
 
+    def die(self, index: int, number: int = signal.SIGKILL) -> Death:
+        """End the process of an index, and see it."""
+        self.child(index).process.send_signal(number)
+        (death,) = self.await_deaths()
+        return death
+
+    def restart(self) -> None:
+        """Let the longest pause pass, and everybody start who is due."""
+        self.clock.now += LONGEST_PAUSE_S
+        assert self.turn() == []
+
     def close(self) -> None:
         for child in self.supervisor.children:
             child.close()
@@ -96,6 +115,7 @@ def crew(tmp_path, monkeypatch) -> Iterator[Crew]:
         crew.close()
         assert [child.pid for _, child in crew.started if child.running] == []
         assert [child.descriptor for _, child in crew.started if child.descriptor >= 0] == []
+        assert [child.pid for _, child in crew.started if child.black_box and child.black_box.descriptor >= 0] == []
     finally:
         for _, child in crew.started:
             child.close()
@@ -300,3 +320,254 @@ def test_a_crash_is_recorded_with_what_ended_it_and_the_end_of_the_log(crew, pro
     crew.turn()
     assert crew.await_deaths()[0].record != death.record  # one each
     assert len(list(death.record.parent.iterdir())) == 2
+
+
+def test_a_start_that_fails_is_told_and_tried_again(crew):
+    crew.refuse = 2
+    crew.scale(2)
+    assert crew.started == []
+    assert crew.supervisor.any_running  # they are to come
+    deaths = crew.turn()
+    assert [(death.index, death.child, death.restart_in_s, death.loop) for death in deaths] == [
+        (0, None, FIRST_PAUSE_S, ""),
+        (1, None, FIRST_PAUSE_S, ""),
+    ]
+    assert deaths[0].cause == "actor 0 could not be started: [Errno 11] Resource temporarily unavailable"
+    assert {(death.expected, death.record) for death in deaths} == {(False, None)}
+    assert crew.turn() == []
+    crew.clock.now += FIRST_PAUSE_S
+    assert crew.turn() == []
+    assert crew.running() == [0, 1]
+    assert [berth.replaced for berth in crew.supervisor.berths] == [0, 0]  # they are the first
+
+
+def test_a_start_that_fails_again_and_again_is_a_loop(crew):
+    crew.refuse = 100
+    crew.scale(1)
+    told = crew.turn()
+    while told[-1].restart_in_s is not None:
+        crew.clock.now += told[-1].restart_in_s
+        told += crew.turn()
+        assert len(told) <= 6
+    assert [death.loop for death in told] == [""] * 5 + ["actor 0"]
+    assert not crew.supervisor.any_running
+    crew.clock.now += LONGEST_PAUSE_S
+    assert crew.turn() == []
+
+
+def test_a_successor_that_cannot_be_started_is_tried_again(crew):
+    crew.scale(1)
+    crew.die(0)
+    crew.refuse = 1
+    crew.clock.now += LONGEST_PAUSE_S
+    (failed,) = crew.turn()
+    assert (failed.restart_in_s, failed.loop) == (2 * FIRST_PAUSE_S, "")
+    crew.restart()
+    assert crew.running() == [0]
+    assert crew.supervisor.berths[0].replaced == 1
+
+
+def test_who_could_not_be_started_can_be_scaled_away(crew):
+    crew.refuse = 1
+    crew.scale(1)
+    crew.scale(0)
+    crew.turn()
+    assert crew.supervisor.berths == []
+    crew.clock.now += LONGEST_PAUSE_S
+    crew.turn()
+    assert crew.started == []
+
+
+def ask(crew: Crew, *, present: tuple[int, ...] = (), silent: tuple[int, ...] = ()) -> None:
+    """Say which indices the learner hears, and which it gave up."""
+    crew.supervisor.hear(
+        {crew.child(index).incarnation for index in present}, {crew.child(index).incarnation for index in silent}
+    )
+
+
+def test_who_is_given_up_by_the_learner_says_where_it_is_and_is_killed_and_replaced(crew):
+    crew.program = (
+        "import faulthandler, signal, sys; faulthandler.register(signal.SIGUSR1); "
+        "print('ready', file=sys.stderr, flush=True); sys.stdin.read()"
+    )
+    crew.scale(2)
+    log = crew.folder / "actor-1.log"
+    poll(lambda: log.exists() and "ready" in log.read_text(), "a program that runs")
+    ask(crew, present=(0, 1))
+    ask(crew, present=(0,), silent=(1,))
+    poll(lambda: "most recent call first" in log.read_text(), "its last words")
+    assert crew.turn() == []
+    crew.clock.now += LAST_WORDS_S - 0.01
+    assert crew.turn() == []
+    assert crew.running() == [0, 1]  # it has the time to say them
+    crew.clock.now += 0.02
+    (death,) = crew.await_deaths()
+    assert (death.index, death.expected, death.restart_in_s) == (1, False, FIRST_PAUSE_S)
+    assert "was killed: it had given no sign of life for 20 s" in death.cause
+    assert "was killed" in death.record.read_text()
+    crew.restart()
+    ask(crew, present=(0, 1), silent=())
+    crew.clock.now += 1.0
+    assert crew.turn() == []
+    assert crew.running() == [0, 1]  # its successor is not taken for it
+
+
+def test_a_stopped_process_is_killed_all_the_same(crew):
+    crew.scale(1)
+    crew.child(0).process.send_signal(signal.SIGSTOP)
+    ask(crew, silent=(0,))
+    crew.clock.now += 1.0
+    (death,) = crew.await_deaths()
+    assert "no sign of life" in death.cause
+
+
+def test_who_does_not_come_to_the_learner_in_the_time_of_a_lease_is_ended(crew):
+    crew.scale(2)
+    for _ in range(4):
+        crew.clock.now += LEASE_S / 2 - 0.1
+        ask(crew, present=(0,))
+        crew.turn()
+        if crew.supervisor.berths[1].silent_at is not None:
+            break
+        assert crew.running() == [0, 1]
+    assert crew.clock.now == pytest.approx(1000.0 + 3 * (LEASE_S / 2 - 0.1))  # the first time that it is over
+    crew.clock.now += 1.0
+    (death,) = crew.await_deaths()
+    assert death.index == 1
+    assert crew.running() == [0]
+
+
+def test_one_that_was_heard_has_the_time_of_a_lease_from_then_on(crew):
+    crew.scale(1)
+    crew.clock.now += LEASE_S - 1
+    ask(crew, present=(0,))
+    crew.clock.now += LEASE_S
+    ask(crew)
+    assert crew.supervisor.berths[0].silent_at is None
+    crew.clock.now += 0.1
+    ask(crew)
+    assert crew.supervisor.berths[0].silent_at == crew.clock.now
+
+
+def test_another_learner_is_given_the_time_of_a_lease_to_be_found(crew):
+    crew.scale(2)
+    crew.clock.now += 5 * LEASE_S  # there was none
+    crew.supervisor.await_hello()
+    ask(crew)
+    crew.clock.now += LEASE_S - 0.1
+    ask(crew)
+    crew.clock.now += 1.0
+    crew.supervisor.await_hello()
+    ask(crew)
+    crew.turn()
+    assert [berth.silent_at for berth in crew.supervisor.berths] == [None, None]
+    assert crew.running() == [0, 1]
+
+
+def test_who_waits_for_its_restart_is_not_silent(crew):
+    crew.scale(1)
+    dead = crew.die(0)
+    crew.clock.now += 5 * LEASE_S
+    crew.supervisor.hear(set(), {dead.child.incarnation})  # the learner gave it up, too
+    assert crew.turn() == []
+    assert crew.running() == [0]
+    ask(crew)
+    assert crew.supervisor.berths[0].silent_at is None  # the time counts from its start
+
+
+def test_a_leaver_that_is_silent_is_ended_and_not_replaced(crew):
+    crew.scale(1)
+    crew.scale(0)
+    ask(crew, silent=(0,))
+    crew.clock.now += 1.0
+    (death,) = crew.await_deaths()
+    assert (death.expected, death.restart_in_s) == (True, None)
+    assert crew.supervisor.berths == []
+
+
+def test_a_standstill_counts_as_if_it_had_died_at_once(crew):
+    """With a lease of 20 s and a window of 60 s it would come to no more than four deaths, and go on for ever."""
+    crew.scale(1)
+    for count in range(1, 7):
+        ask(crew, present=(0,))
+        crew.clock.now += LEASE_S + 0.1
+        ask(crew)
+        crew.clock.now += 1.0
+        (death,) = crew.await_deaths()
+        assert death.loop == ("actor 0" if count == 6 else "")
+        if not death.loop:
+            crew.restart()
+
+
+@pytest.fixture
+def boxed(crew) -> Crew:
+    """Actors that say what they do."""
+    crew.boxed = True
+    return crew
+
+
+def note(crew: Crew, index: int, world: int, answered: int = 0) -> None:
+    """What an actor would say of itself."""
+    box = crew.child(index).black_box
+    box.rest(answered)
+    if world >= 0:
+        box.note(world, 30, 28, 4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_who_did_well_and_was_ended_from_outside_may_be_so_as_often_as_one_likes(boxed, number):
+    boxed.scale(1)
+    for count in range(8):
+        note(boxed, 0, world=count % 2, answered=1)
+        death = boxed.die(0, number)
+        assert (death.loop, death.restart_in_s) == ("", FIRST_PAUSE_S)
+        boxed.restart()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_who_is_killed_before_it_answered_anything_or_of_itself_is_counted(boxed, number):
+    boxed.scale(1)
+    for _ in range(5):
+        note(boxed, 0, world=-1, answered=int(number == signal.SIGSEGV))
+        assert boxed.die(0, number).loop == ""
+        boxed.restart()
+    assert boxed.die(0, number).loop == "actor 0"
+
+
+def test_a_world_that_kills_whoever_has_it_is_a_loop(boxed):
+    """It moves on to another actor each time, so that none of them dies often."""
+    boxed.scale(3)
+    for count in range(5):
+        note(boxed, count % 3, world=7, answered=9)
+        death = boxed.die(count % 3, signal.SIGSEGV)
+        assert death.loop == ""
+        boxed.restart()
+    note(boxed, 2, world=7, answered=9)
+    death = boxed.die(2, signal.SIGSEGV)
+    assert (death.loop, death.restart_in_s) == ("the actor that had world 7", None)
+
+
+def test_deaths_with_different_worlds_are_no_loop(boxed):
+    boxed.scale(4)
+    for count in range(12):
+        note(boxed, count % 4, world=count % 4 + 10 * (count // 4), answered=9)
+        assert boxed.die(count % 4, signal.SIGSEGV).loop == ""
+        boxed.restart()
+
+
+def test_who_waited_for_tickets_had_no_world(boxed):
+    boxed.scale(3)
+    for count in range(9):
+        note(boxed, count % 3, world=-1, answered=9)
+        assert boxed.die(count % 3, signal.SIGSEGV).loop == ""
+        boxed.restart()
+
+
+def test_a_record_says_world_and_seed(boxed):
+    boxed.scale(1)
+    note(boxed, 0, world=7)
+    death = boxed.die(0, signal.SIGSEGV)
+    text = death.record.read_text()
+    assert "world 7 was in env step 4 of the unroll for batch 30\nits seed: (5, 7, 28)" in text
+    assert "world 7 was in env step 4" in death.cause
+    assert "its seed" not in death.cause  # which is for the record

@@ -24,6 +24,7 @@ class TicketWalk(RuleBasedStateMachine):
         self.newest = first
         self.indices: dict[bytes, int] = {}
         self.leaving: set[bytes] = set()
+        self.relieved: set[bytes] = set()
         self.out: list[tuple[bytes, Ticket]] = []
         self.placed: dict[int, list[Ticket]] = {}
         self.tried: Counter[tuple[int, int]] = Counter()
@@ -31,6 +32,23 @@ class TicketWalk(RuleBasedStateMachine):
         self.rejected: Counter[str] = Counter()
         self.seen = first - 1  # the newest batch that a ticket named
         self.peers = 0
+        self.asked: dict[int, bytes] = {}  # worlds whose state was to be handed over, and by whom
+
+    def moving(self) -> dict[int, bytes]:
+        """Worlds whose state is on its way, and who gives it."""
+        for peer, worlds in self.book.handovers():
+            assert peer in self.indices
+            self.asked |= dict.fromkeys(worlds, peer)
+        return {world: peer for world, peer in self.asked.items() if self.book.gives(peer, world)}
+
+    @precondition(lambda self: self.moving())
+    @rule(data=st.data(), whole=st.booleans())
+    def arrive(self, data: st.DataObject, whole: bool) -> None:
+        world = data.draw(st.sampled_from(sorted(self.moving())))
+        before = self.book.worlds_restarted
+        self.book.arrive(world, whole=whole)
+        assert world not in self.moving()
+        assert self.book.worlds_restarted == before + (not whole)
 
     @rule(index=st.integers(0, 5))
     def join(self, index: int) -> None:
@@ -50,6 +68,10 @@ class TicketWalk(RuleBasedStateMachine):
         self.book.leave(peer)
         del self.indices[peer]
         self.leaving.discard(peer)
+        self.relieved.discard(peer)
+        self.lose_tickets(peer)
+
+    def lose_tickets(self, peer: bytes) -> None:
         self.lost += sum(1 for owner, _ in self.out if owner == peer)
         self.out = [(owner, ticket) for owner, ticket in self.out if owner != peer]
 
@@ -63,6 +85,27 @@ class TicketWalk(RuleBasedStateMachine):
     @rule()
     def retire_a_stranger(self) -> None:
         self.book.retire(b"nobody")
+
+    def getters(self) -> set[bytes]:
+        """Who is given tickets: those that stay, and those that were relieved only if nobody else does."""
+        staying = self.indices.keys() - self.leaving
+        return (staying - self.relieved) or staying
+
+    @precondition(lambda self: self.indices)
+    @rule(data=st.data())
+    def relieve(self, data: st.DataObject) -> None:
+        peer = data.draw(st.sampled_from(sorted(self.indices)))
+        others = self.getters() - {peer}
+        assert self.book.relieve(peer) == bool(others)
+        if others:
+            self.relieved = self.relieved - others | {peer}
+            self.lose_tickets(peer)
+            (member,) = [member for member in self.book.members if member.peer == peer]
+            assert (member.worlds, member.outstanding) == ([], [])
+
+    @rule()
+    def relieve_a_stranger(self) -> None:
+        assert not self.book.relieve(b"nobody")
 
     @rule()
     def send_home(self) -> None:
@@ -83,19 +126,21 @@ class TicketWalk(RuleBasedStateMachine):
             assert self.newest <= ticket.batch <= self.newest + self.lag
             assert ticket.worlds == tuple(sorted(set(ticket.worlds)))
             assert self.book.owes(peer, ticket)
-            assert peer not in self.leaving
+            assert peer in self.getters()
             self.seen = max(self.seen, ticket.batch)
         self.out += orders
         self.issued += len(orders)
         if not self.indices.keys() - self.leaving:
             assert not orders
             return
+        moving = self.moving().keys()
         kept = {world for member in self.book.members if member.leaving for world in member.worlds}
         assert not (kept and self.seen > opened)  # a batch that is opened takes the worlds of leavers with it
-        # Nothing waits for a later call: all that may be out is out, but for what a leaver that is about to go owns.
-        assert self.seen == self.newest + self.lag
+        # Nothing waits for a later call: all that may be out is out, but for what a leaver that is about to go owns
+        # and what is on its way from one actor to another.
+        assert self.seen == self.newest + self.lag or len(moving) == self.worlds
         for batch in range(self.newest, self.newest + self.lag + 1):
-            assert set(self.worlds_of(batch)) | kept == set(range(self.worlds))
+            assert set(self.worlds_of(batch)) | kept | moving == set(range(self.worlds))
 
     def worlds_of(self, batch: int) -> list[int]:
         """The worlds of a batch that are out or placed, each as often as it is."""
@@ -171,10 +216,20 @@ class TicketWalk(RuleBasedStateMachine):
         owned = [world for member in members for world in member.worlds]
         assert len(owned) == len(set(owned))
         assert {member.peer for member in members if member.leaving} == self.leaving
+        assert {member.peer for member in members if member.relieved} == self.relieved
+        assert all(self.book.owing(member.peer) == bool(member.outstanding) for member in members)
+        assert not self.book.owing(b"nobody")
 
     @invariant()
     def leavers_go_once_they_owe_nothing(self) -> None:
-        assert set(self.book.retired()) == self.leaving - {peer for peer, _ in self.out}
+        owing = {peer for peer, _ in self.out} | set(self.moving().values())
+        if self.indices.keys() - self.leaving:
+            owing |= {member.peer for member in self.book.members if member.worlds}  # to be handed over
+        assert set(self.book.retired()) == self.leaving - owing
+
+    @invariant()
+    def what_moves_is_counted(self) -> None:
+        assert self.book.worlds_restarted + len(self.moving()) <= self.book.worlds_moved
 
     def teardown(self) -> None:
         """However it stands, with one actor that stays and answers the run goes on; leavers finish, or they vanish."""
@@ -183,6 +238,9 @@ class TicketWalk(RuleBasedStateMachine):
         for turn in range(self.lag + 2):
             while not self.is_complete(self.newest):
                 self.send_home()
+                self.due()
+                for world in self.moving():
+                    self.book.arrive(world, whole=True)
                 self.due()
                 waited_for = [order for order in self.out if order[1].batch == self.newest]
                 owed = waited_for or [order for order in self.out if order[0] in self.leaving]
@@ -193,6 +251,8 @@ class TicketWalk(RuleBasedStateMachine):
                     self.answer(owed[0])
             self.finish(False)
             self.the_books_balance_and_are_right()
+        for world in self.moving():
+            self.book.arrive(world, whole=True)
         self.send_home()
         self.due()
         assert not self.leaving
@@ -211,6 +271,16 @@ def book_with(*indices: int, worlds: int = 4, lag: int = 1, first: int = 0) -> T
 
 def owned(book: TicketBook) -> dict[int, list[int]]:
     return {member.index: member.worlds for member in book.members}
+
+
+def hand_over(book: TicketBook) -> dict[bytes, tuple[int, ...]]:
+    """Let every state arrive that was asked for; who gave which."""
+    asked = dict(book.handovers())
+    for peer, worlds in asked.items():
+        for world in worlds:
+            assert book.gives(peer, world)
+            book.arrive(world, whole=True)
+    return asked
 
 
 def answer_all(book: TicketBook, orders: list[tuple[bytes, Ticket]]) -> list[int]:
@@ -257,8 +327,11 @@ def test_an_actor_that_joins_gets_worlds_at_the_next_batch_edge() -> None:
     assert book.due(0) == []  # the open batch stays with its owner
     answer_all(book, first)
     book.finish(0)
-    assert {peer: ticket.worlds for peer, ticket in book.due(1)} == {b"0": (0, 1), b"1": (2, 3)}
-    assert book.worlds_moved == 2
+    assert book.due(1) == [(b"0", Ticket(1, 1, (0, 1)))]  # the others wait for their state
+    assert book.owner(2) == b"1"
+    assert hand_over(book) == {b"0": (2, 3)}
+    assert book.due(1) == [(b"1", Ticket(1, 1, (2, 3)))]
+    assert (book.worlds_moved, book.worlds_restarted) == (2, 0)
 
 
 def test_the_ticket_of_a_dead_actor_is_lost_and_its_worlds_go_out_at_once() -> None:
@@ -294,7 +367,9 @@ def test_a_leaver_finishes_its_tickets_and_its_worlds_move_with_the_next_batch_t
     assert answer_all(book, [order for order in orders if order[1].batch == 0]) == [0]
     book.finish(0)
     assert book.retired() == []
-    assert book.due(1) == [(b"0", Ticket(2, 1, (0, 1, 2))), (b"2", Ticket(2, 1, (3, 4, 5)))]
+    assert book.due(1) == [(b"0", Ticket(2, 1, (0, 1))), (b"2", Ticket(2, 1, (4, 5)))]
+    assert hand_over(book) == {b"1": (2, 3)}
+    assert book.due(1) == [(b"0", Ticket(2, 1, (2,))), (b"2", Ticket(2, 1, (3,)))]
     assert book.worlds_moved == 2  # its own; the others keep theirs
     assert owned(book)[1] == []
     assert answer_all(book, [order for order in orders if order[1].batch == 1]) == [1]
@@ -302,7 +377,7 @@ def test_a_leaver_finishes_its_tickets_and_its_worlds_move_with_the_next_batch_t
     book.leave(b"1")
     assert book.due(1) == []
     assert book.worlds_moved == 2
-    assert book.books() == Books(issued=8, trained=3, rejected={}, lost=0, outstanding=5)
+    assert book.books() == Books(issued=10, trained=3, rejected={}, lost=0, outstanding=7)
 
 
 def test_a_leaver_that_owes_nothing_goes_at_once() -> None:
@@ -322,9 +397,11 @@ def test_a_refused_rollout_of_a_leaver_goes_to_who_stays(lag: int) -> None:
     book.retire(b"1")
     mine = [order for order in orders if order[0] == b"1"]
     assert book.reject(*mine[0], "shape")
-    assert book.due(0) == []  # no more for the leaver, although it still owns them
+    assert book.due(0) == []  # it has the worlds as they stand after that batch, and they are asked for
     for order in mine[1:]:
         book.accept(*order)
+    assert book.retired() == []
+    assert hand_over(book) == {b"1": (2, 3)}
     assert book.retired() == [b"1"]
     book.leave(b"1")
     assert book.due(0) == [(b"0", Ticket(0, 0, (2, 3)))]
@@ -345,13 +422,45 @@ def test_who_comes_after_the_only_actor_retired_gets_every_world(answered: bool)
         assert book.retired() == [b"0"]
         book.leave(b"0")
     book.join(b"1", 1)
-    assert book.due(1) == [(b"1", Ticket(2, 1, (0, 1, 2, 3)))]
+    orders = [*orders, *book.due(1)]
+    assert hand_over(book) == ({} if answered else {b"0": (0, 1, 2, 3)})
+    assert [*orders[2:], *book.due(1)] == [(b"1", Ticket(2, 1, (0, 1, 2, 3)))]
     if not answered:
         book.accept(*orders[1])
         assert book.retired() == [b"0"]
         book.leave(b"0")
         assert owned(book) == {1: [0, 1, 2, 3]}
     assert book.books() == Books(issued=3, trained=1, rejected={}, lost=0, outstanding=2)
+
+
+def test_a_giver_that_dies_or_does_not_answer_is_not_waited_for() -> None:
+    book = book_with(0, 1, worlds=4, lag=0)
+    answer_all(book, book.due(0))
+    book.finish(0)
+    book.retire(b"1")
+    assert book.due(1) == [(b"0", Ticket(1, 1, (0, 1)))]
+    assert book.retired() == []  # it owes no ticket, but two worlds
+    book.arrive(2, whole=False)
+    assert book.due(1) == [(b"0", Ticket(1, 1, (2,)))]
+    book.leave(b"1")
+    assert book.due(1) == [(b"0", Ticket(1, 1, (3,)))]
+    assert (book.worlds_moved, book.worlds_restarted) == (2, 2)
+    book.arrive(3, whole=True)  # late, and of no account
+    assert book.worlds_restarted == 2
+
+
+def test_a_world_that_moves_on_before_its_state_came_gets_it_where_it_is() -> None:
+    book = book_with(0, worlds=2, lag=0)
+    answer_all(book, book.due(0))
+    book.finish(0)
+    book.join(b"1", 1)
+    assert book.due(1) == [(b"0", Ticket(1, 1, (0,)))]
+    book.leave(b"1")  # it was to have world 1, whose state is still to come
+    assert book.due(1) == []
+    assert book.owner(1) == b"0"
+    assert hand_over(book) == {b"0": (1,)}
+    assert book.due(1) == [(b"0", Ticket(1, 1, (1,)))]
+    assert book.worlds_restarted == 0
 
 
 def test_everyone_may_retire_and_what_was_refused_waits_for_the_next_to_come() -> None:
@@ -499,3 +608,62 @@ def test_assignment_leaves_its_argument_as_it_is() -> None:
     before = {0: [3, 1, 0, 2], 1: []}
     assign_worlds(4, before)
     assert before == {0: [3, 1, 0, 2], 1: []}
+
+
+def test_who_is_relieved_answers_no_more_and_its_worlds_go_out_at_once() -> None:
+    book = book_with(0, 1, worlds=4, lag=1)
+    orders = book.due(0)
+    assert book.relieve(b"1")
+    assert [book.owes(peer, ticket) for peer, ticket in orders] == [peer == b"0" for peer, _ in orders]
+    assert owned(book) == {0: [0, 1, 2, 3], 1: []}
+    assert book.due(0) == [(b"0", Ticket(0, 0, (2, 3))), (b"0", Ticket(1, 0, (2, 3)))]
+    assert book.books() == Books(issued=6, trained=0, rejected={}, lost=2, outstanding=4)
+    assert book.worlds_moved == 2
+    assert book.retired() == []  # it stays
+    assert book.relieve(b"1")  # once more is nothing
+    assert book.books() == Books(issued=6, trained=0, rejected={}, lost=2, outstanding=4)
+
+
+def test_the_last_one_is_not_relieved() -> None:
+    book = book_with(0, 1)
+    book.due(0)
+    book.retire(b"1")
+    before = book.books()
+    assert not book.relieve(b"0")
+    assert not book.relieve(b"nobody")
+    assert book.books() == before
+    assert owned(book)[0] == [0, 1]
+
+
+def test_who_was_relieved_stands_in_when_nobody_else_is_left() -> None:
+    book = book_with(0, 1, lag=0)
+    book.due(0)
+    book.relieve(b"1")
+    book.due(0)
+    book.leave(b"0")
+    assert book.due(0) == [(b"1", Ticket(0, 0, (0, 1, 2, 3)))]
+
+
+def test_of_two_that_were_relieved_one_can_be_relieved_again() -> None:
+    """They stand in for who has gone; then the other is left with it all, and is one like any other."""
+    book = book_with(0, 1, 2, lag=0)
+    book.due(0)
+    book.relieve(b"1")
+    book.relieve(b"2")
+    book.leave(b"0")
+    assert owned(book) == {1: [0, 1], 2: [2, 3]}
+    book.due(0)
+    assert book.relieve(b"1")
+    assert owned(book) == {1: [], 2: [0, 1, 2, 3]}
+    assert {peer for peer, _ in book.due(0)} == {b"2"}
+    assert [member.relieved for member in book.members] == [True, False]
+
+
+def test_who_comes_while_those_relieved_stand_in_gets_what_is_missing() -> None:
+    book = book_with(0, 1, lag=0)
+    book.due(0)
+    book.relieve(b"1")
+    book.due(0)
+    book.leave(b"0")  # its worlds are the other's now
+    book.join(b"2", 2)  # before anybody asked what is due
+    assert book.due(0) == [(b"2", Ticket(0, 0, (0, 1, 2, 3)))]

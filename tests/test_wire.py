@@ -25,6 +25,7 @@ from rustyrl.wire import (
     WIRE_VERSION,
     Fault,
     Goodbye,
+    HandOver,
     Hello,
     Lease,
     Message,
@@ -32,9 +33,11 @@ from rustyrl.wire import (
     Refusal,
     Rejoin,
     RolloutHeader,
+    StateArray,
     TicketMessage,
     WeightsHeader,
     Welcome,
+    WorldState,
     decode_header,
     decode_rollout,
     decode_weights_message,
@@ -62,6 +65,10 @@ MESSAGES: dict[str, Message] = {
     "weights": WeightsHeader(learner_incarnation=2, policy_version=69_999),
     "lease": Lease(steps=70_000),
     "rejoin": Rejoin(),
+    "hand-over": HandOver(worlds=(0, 300)),
+    "world-state": WorldState(
+        world=300, next_batch=70_000, built=12, arrays=(StateArray("world.state", (16, 4), "float64"),)
+    ),
     "goodbye": Goodbye(),
     "rollout": RolloutHeader(
         fingerprint="0123456789abcdef",

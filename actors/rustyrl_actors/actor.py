@@ -20,6 +20,7 @@ from rustyrl.weights import Weights
 from rustyrl.wire import (
     Fault,
     Goodbye,
+    HandOver,
     Hello,
     Ready,
     Refusal,
@@ -27,14 +28,18 @@ from rustyrl.wire import (
     TicketMessage,
     WeightsHeader,
     Welcome,
+    WorldState,
     decode_weights_message,
+    decode_world_state,
     encode_rollout,
+    encode_world_state,
 )
 from rustyrl_actors.catalog import EnvironmentSource, find_environment
 from rustyrl_actors.environment import allocate_rows
 from rustyrl_actors.inference import Policy
 from rustyrl_actors.noise import allocate_noise, fill_noise, noise_generator
 from rustyrl_actors.pulse import LEASE_S, Pulse
+from rustyrl_actors.states import place_into
 from rustyrl_actors.unroll import OwnedWorld, UnrollBuffer, unroll
 
 __all__ = ["Fleet", "run_actor"]
@@ -106,6 +111,11 @@ def _answer_tickets(link: RolloutSender, fleet: Fleet, hello: Hello) -> None:
                 with stages("send"):
                     recording.sent = link.send_frames(frame, blob, AWAY_S)
                 fleet.pulse.rest(answered=True)
+            case HandOver(worlds):
+                for world in worlds:
+                    link.send(*fleet.give(world), timeout_s=AWAY_S)
+            case WorldState() as state:
+                fleet.take(state, received.blob)
             case Rejoin():
                 log.info("the learner does not know this actor, or has a successor: joining anew")
                 fleet.follow(_join(link, hello))
@@ -200,6 +210,44 @@ class Fleet:
             stage_s=stages.take(),
         )
         return recording
+
+    def give(self, index: int) -> tuple[WorldState, bytes]:
+        """Part with a world: its state as a message, without arrays if it cannot be had."""
+        world = self._worlds.pop(index, None)
+        if world is None:
+            return encode_world_state(index, 0, 0, {})
+        try:
+            arrays = world.environment.save() or {}
+            if arrays:
+                arrays |= {f"now.observation.{name}": array for name, array in world.now.observation.items()}
+                arrays |= {f"now.action_mask.{name}": mask for name, mask in world.now.action_mask.items()}
+            return encode_world_state(index, world.next_batch, world.built, arrays)
+        except WireError as error:
+            log.warning("world %d moves without its state: %s", index, error)
+            return encode_world_state(index, 0, 0, {})
+        finally:
+            world.environment.close()
+
+    def take(self, message: WorldState, blob: memoryview) -> None:
+        """Go on with a world that another actor had; one whose state is of no use begins anew with its ticket."""
+        if not message.arrays:
+            return
+        if (old := self._worlds.pop(message.world, None)) is not None:
+            old.environment.close()
+        self.pulse.build(message.world, message.next_batch)
+        environment, now = self._source.make(stagger=self._welcome.stagger), allocate_rows(self._source.spec)
+        try:
+            state = decode_world_state(message, blob)
+            environment.load(state)
+            for name, array in now.observation.items():
+                place_into(array, state, f"now.observation.{name}")
+            for name, mask in now.action_mask.items():
+                place_into(mask, state, f"now.action_mask.{name}")
+        except (ValueError, KeyError, WireError) as error:
+            log.warning("world %d begins anew: the state that came does not fit: %s", message.world, error)
+            environment.close()
+            return
+        self._worlds[message.world] = OwnedWorld(message.world, environment, message.next_batch, now, message.built)
 
     def close(self) -> None:
         """Close every world."""

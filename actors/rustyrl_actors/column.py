@@ -16,6 +16,7 @@ from rustyrl_actors.contract import Place, check_masks, describe_value, fields_t
 from rustyrl_actors.draws import SlotDraws, slot_generator
 from rustyrl_actors.environment import Arrays, StepRows, TimeStep
 from rustyrl_actors.spaces import has_parts, in_form
+from rustyrl_actors.states import can_save, generators_of, place_into, save_generators, save_world, under
 from rustyrl_actors.tally import EpisodeTally
 from rustyrl_actors.world import ColumnWorld
 
@@ -34,6 +35,7 @@ class ColumnEnvironment:
     def __init__(self, world: ColumnWorld, spec: EnvironmentSpec, *, stagger: bool = False) -> None:
         self.spec = spec
         self._world = world
+        self._saves = can_save(world)
         self._stagger = stagger
         self.place = Place(spec.env)
         self._context = Context()
@@ -111,6 +113,33 @@ class ColumnEnvironment:
         if out.action_mask:  # what ended was asked for a mask too, which nobody needed
             check_masks(place, self.spec.action, out.action_mask)
         return ends
+
+    def save(self) -> Arrays | None:
+        """The world's state, its generators and running episodes; None if the world has no ``save_state``."""
+        if not self._saves:
+            return None
+        self._context.enter()
+        return {
+            **save_world(self._world, self.spec.env),
+            **{f"own.metric.{name}": self._agent.episode_metrics[name].copy() for name in self.spec.episode_metrics},
+            "own.generators": save_generators(self._generators),
+            "own.elapsed": self._elapsed.copy(),
+            **self._tally.save(),
+            **self.place.save(),
+        }
+
+    def load(self, state: Arrays) -> None:
+        """Go on from such a state."""
+        self._context.enter()
+        self.place = Place.of(self.spec.env, state)
+        self._generators = generators_of(state["own.generators"])
+        if len(self._generators) != self.spec.slots:
+            raise ValueError(f"the state is of {len(self._generators)} slots, expected {self.spec.slots}")
+        place_into(self._elapsed, state, "own.elapsed")
+        self._tally.load(state)
+        for name in self.spec.episode_metrics:
+            place_into(self._agent.episode_metrics[name], state, f"own.metric.{name}")
+        self._world.load_state(under(state, "world"))  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """Delete the esper world."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from typing import Any
 
 import esper
 import numpy as np
+from numpy.typing import NDArray
 
 __all__ = ["Context"]
 
@@ -57,6 +59,34 @@ class Context:
         """Enter it with nothing in it: no entities, processors or event handlers."""
         self._delete()
         self.enter()
+
+    def save(self) -> dict[str, NDArray[np.generic]]:
+        """Its part of the global generators, as named arrays."""
+        if not self._global_random:
+            return {}
+        self.enter()
+        self._put_aside()
+        _, words, normal = self._python or random.getstate()
+        own: Any = self._numpy.state
+        return {
+            "own.python": np.array(words, np.uint32),
+            "own.numpy": np.array([*own["state"]["key"], own["state"]["pos"]], np.uint32),
+            "own.normals": np.array([_or_nan(normal), _or_nan(self._normal)]),
+        }
+
+    def load(self, state: dict[str, NDArray[np.generic]]) -> None:
+        """Go on from what `save` gave; raises `ValueError` or `KeyError` if it is not that."""
+        if not self._global_random:
+            return
+        self.enter()
+        normals = [None if np.isnan(value) else float(value) for value in np.asarray(state["own.normals"], float)]
+        words = tuple(int(word) for word in state["own.python"])
+        random.setstate((3, words, normals[0]))
+        content: Any = np.random.MT19937(0).state
+        content["state"] = {"key": state["own.numpy"][:-1], "pos": int(state["own.numpy"][-1])}
+        self._numpy.state = content
+        self._normal = normals[1]
+        _set_numpy(self._numpy, self._normal)
 
     def close(self) -> None:
         """Delete it with all that it holds."""
@@ -109,6 +139,10 @@ def _cached_normal() -> float | None:
     """The second of a pair of normals that numpy's global generator has drawn and not yet given out."""
     state: Any = np.random.get_state(legacy=False)
     return state["gauss"] if state["has_gauss"] else None
+
+
+def _or_nan(normal: float | None) -> float:
+    return math.nan if normal is None else normal
 
 
 def _set_numpy(generator: Any, normal: float | None) -> None:

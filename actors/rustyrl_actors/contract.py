@@ -28,6 +28,22 @@ class Place:
     step: int = 0
     tick: int = 0
 
+    def save(self) -> dict[str, NDArray[np.generic]]:
+        """As named arrays."""
+        return {
+            "own.seed": np.array(self.seed, np.int64),
+            "own.place": np.array([self.step, self.tick], np.int64),
+        }
+
+    @classmethod
+    def of(cls, env: str, state: dict[str, NDArray[np.generic]]) -> Place:
+        """The place that `save` gave."""
+        try:
+            step, tick = (int(number) for number in state["own.place"])
+            return cls(env, tuple(int(number) for number in state["own.seed"]), step, tick)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the state holds no place: {error}") from None
+
     def text(self, slot: int | None = None) -> str:
         """Slot, tick and seed in words."""
         where = "" if slot is None else f"slot {slot}, "

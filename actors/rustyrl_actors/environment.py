@@ -71,6 +71,14 @@ class Environment(Protocol):
         """
         ...
 
+    def save(self) -> Arrays | None:
+        """Everything that what follows depends on, beside the actions, as named arrays; None if that cannot be had."""
+        ...
+
+    def load(self, state: Arrays) -> None:
+        """Go on from what `save` gave in another environment of this spec; raises `ValueError` if it does not fit."""
+        ...
+
     def close(self) -> None:
         """Give back what the environment holds; it is not stepped again."""
         ...

@@ -97,6 +97,14 @@ class GymEnvironment:
             return TimeStep()
         return TimeStep(self._tally.take(np.flatnonzero(out.terminated | out.truncated), {}), final)
 
+    def save(self) -> Arrays | None:
+        """None: Gymnasium has no way to ask for it."""
+        return None
+
+    def load(self, state: Arrays) -> None:  # noqa: ARG002 - whatever it is
+        """Not to be had."""
+        raise ValueError(f"{self.spec.env!r} cannot go on from a state: Gymnasium's environments have none to give")
+
     def close(self) -> None:
         """Close every copy."""
         self._copies.close()

@@ -9,6 +9,7 @@ import numpy as np
 
 from rustyrl_actors.contract import Place
 from rustyrl_actors.environment import Arrays, Environment, StepRows, TimeStep, join_episodes, rows_between
+from rustyrl_actors.states import under
 
 __all__ = ["JoinedEnvironment"]
 
@@ -43,6 +44,22 @@ class JoinedEnvironment:
         episodes = join_episodes([(first, step.episodes) for first, step in ends if step.episodes is not None])
         finals = [step.final_observation for _, step in ends if step.final_observation is not None]
         return TimeStep(episodes, {name: np.concatenate([final[name] for final in finals]) for name in out.observation})
+
+    def save(self) -> Arrays | None:
+        """What every environment gives, by its index; None if one gives nothing."""
+        parts = [environment.save() for environment in self._environments]
+        joined: Arrays = self.place.save()
+        for index, part in enumerate(parts):
+            if part is None:
+                return None
+            joined |= {f"{index}.{name}": array for name, array in part.items()}
+        return joined
+
+    def load(self, state: Arrays) -> None:
+        """Go on from such a state."""
+        self.place = Place.of(self.spec.env, state)
+        for index, environment in enumerate(self._environments):
+            environment.load(under(state, str(index)))
 
     def close(self) -> None:
         """Close them all."""

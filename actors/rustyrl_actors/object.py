@@ -13,8 +13,9 @@ from rustyrl_actors.agent import Agent
 from rustyrl_actors.context import Context
 from rustyrl_actors.contract import Place, check_masks, describe_value, fields_text
 from rustyrl_actors.draws import slot_generator
-from rustyrl_actors.environment import Arrays, StepRows, TimeStep
+from rustyrl_actors.environment import Arrays, StepRows, TimeStep, allocate_rows
 from rustyrl_actors.seat import Form, Seat, arrays_like
+from rustyrl_actors.states import can_save, generators_of, save_generators, save_world, under
 from rustyrl_actors.world import ObjectWorld
 
 __all__ = ["ObjectEnvironment"]
@@ -31,6 +32,7 @@ class ObjectEnvironment:
         self.spec = spec
         self.place = Place(spec.env)
         self._world = world
+        self._saves = can_save(world)
         self._tick = getattr(world, "tick", esper.process)
         self._countdown = range(world.info.ticks_per_step - 1, -1, -1)
         self._stagger = stagger
@@ -62,6 +64,58 @@ class ObjectEnvironment:
         except Exception as error:
             self._note(error)
             raise
+
+    def save(self) -> Arrays | None:
+        """The game's state, its generators, who sits where, and the running episodes; None without ``save_state``."""
+        if not self._saves:
+            return None
+        self._context.enter()
+        seats = [seat for seat in self._seats if seat is not None]
+        order = sorted(range(len(seats)), key=lambda position: seats[position].entity)
+        slots = np.flatnonzero([seat is not None for seat in self._seats])
+        return {
+            **save_world(self._world, self.spec.env),
+            **self._context.save(),
+            "own.generator": save_generators([self._generator]),
+            "own.elapsed": np.array([self._elapsed], np.int64),
+            "own.slot": slots[order].astype(np.int64),  # of those who play, by their entities
+            "own.length": np.array([seats[position].length for position in order], np.int64),
+            "own.return": np.array([seats[position].episode_return for position in order], np.float64),
+            **self.place.save(),
+        }
+
+    def load(self, state: Arrays) -> None:
+        """Go on from such a state in an empty esper world; agents sit down by the order of their entities."""
+        self._context.empty()
+        self._known.clear()
+        self._listed = None
+        self._seats = [None] * self.spec.slots
+        self.place = Place.of(self.spec.env, state)
+        try:
+            self._context.load(state)
+            (self._generator,) = generators_of(state["own.generator"])
+            (elapsed,), slots = state["own.elapsed"], state["own.slot"]
+            lengths, returns = state["own.length"], state["own.return"]
+        except KeyError as error:
+            raise ValueError(f"the state lacks {error}") from None
+        self._elapsed = int(elapsed)
+        self._world.load_state(under(state, "world"))  # type: ignore[attr-defined]
+        listed = sorted(esper.get_component(Agent), key=_by_entity)
+        self._known = {id(agent): agent for _, agent in listed}
+        playing = [(entity, agent) for entity, agent in listed if not (agent.terminated or agent.truncated)]
+        if len(playing) != len(slots):
+            raise ValueError(f"load_state() made {len(playing)} agents whose episodes go on, expected {len(slots)}")
+        for (entity, agent), slot, length, total in zip(playing, slots, lengths, returns, strict=True):
+            self._seats[int(slot)] = Seat(entity, agent, length=int(length), episode_return=float(total))
+        rows = allocate_rows(self.spec)
+        action: Arrays = {a.name: np.zeros((1, *a.shape), a.array.dtype) for a in self.spec.action}
+        for entity, agent in listed:
+            if agent.terminated or agent.truncated:  # what it does and sees is of no account, but must be there
+                seen = {name: array[0] for name, array in rows.observation.items()}
+                masks = {name: mask[0] for name, mask in rows.action_mask.items()}
+                seat = Seat(entity, agent, seen=seen, masks=masks)
+                self._form.show(seat)
+                self._form.hand_out(action, seat, 0)
 
     def close(self) -> None:
         """Delete the esper world."""

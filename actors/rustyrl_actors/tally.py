@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rustyrl.rollout import EpisodeRows
+from rustyrl_actors.states import place_into
 
 __all__ = ["EpisodeTally"]
 
@@ -26,6 +27,15 @@ class EpisodeTally:
         """Count one env step: ``reward`` `[E]`, ``steps`` 0 where a slot took none."""
         self._length += steps
         self._return += reward
+
+    def save(self) -> dict[str, NDArray[np.generic]]:
+        """The running episodes as named arrays."""
+        return {"own.length": self._length.copy(), "own.return": self._return.copy()}
+
+    def load(self, state: dict[str, NDArray[np.generic]]) -> None:
+        """Go on from what `save` gave; raises `ValueError` if it is another's."""
+        place_into(self._length, state, "own.length")
+        place_into(self._return, state, "own.return")
 
     def take(self, slots: NDArray[np.intp], metrics: dict[str, NDArray[np.float32]]) -> EpisodeRows:
         """The episodes that ended in these slots, with their metrics; these slots begin anew."""

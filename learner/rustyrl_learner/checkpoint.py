@@ -165,6 +165,8 @@ def _read(path: Path) -> tuple[Manifest, dict[str, bytes]]:
 
 
 def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return  # folders cannot be opened there
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

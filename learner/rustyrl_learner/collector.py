@@ -21,8 +21,10 @@ from rustyrl.stages import Stages
 from rustyrl.wire import (
     Fault,
     Goodbye,
+    HandOver,
     Hello,
     Lease,
+    Message,
     Ready,
     Refusal,
     Rejoin,
@@ -30,6 +32,7 @@ from rustyrl.wire import (
     TicketMessage,
     WeightsHeader,
     Welcome,
+    WorldState,
     decode_rollout,
 )
 from rustyrl_learner.batch import BatchBuffer
@@ -102,6 +105,7 @@ class Collector:
         self._complete: queue.Queue[BatchBuffer | BaseException] = queue.Queue()
         self._orders: deque[tuple[str, Any]] = deque()
         self._rejected_strangers: dict[str, int] = {}
+        self._asked: dict[int, float] = {}  # worlds whose state was asked for, and when
         self._dead: set[int] = set()  # incarnations, as in the next
         self._silent: set[int] = set()
         self._turned = time.monotonic()
@@ -200,33 +204,45 @@ class Collector:
                     waiting.discard(received.peer)
 
     def _handle(self, received: Received) -> None:
+        """Take in one message of whoever sent it."""
         peer, actor = received.peer, self._actors.get(received.peer)
-        if actor is not None and not isinstance(received.message, Lease):
-            actor.seen = time.monotonic()
         match received.message:
-            case RolloutHeader() | Lease() | Ready() if actor is None:
-                self._count_stranger("unknown-peer")
-                self._receiver.send(peer, Rejoin())
-            case RolloutHeader() as header if actor is not None:
-                self._take_rollout(peer, actor, header, received.blob)
             case Hello() as hello:
                 self._welcome(peer, hello)
-            case Ready(fingerprint) if actor is not None:
-                self._admit_actor(peer, actor, fingerprint)
-            case Lease(steps) if actor is not None:
-                # One that owes an answer and takes no steps has lost its ticket on the way, or is stuck: it is not to
-                # live for ever.
-                if steps > actor.begun or not self._book.owing(peer):
-                    actor.seen, actor.begun = time.monotonic(), steps
-            case Fault(reason) if actor is not None and actor.ready:
-                raise ContractError(reason)
-            case Goodbye() | Refusal():
-                self._lose(peer, "it left")
             case WireError(reason=reason) as error:
                 self._count_stranger(reason)
                 if actor is not None or reason == "wire-version":
                     self._receiver.send(peer, Refusal(str(error)))
                     self._lose(peer, f"it sent no message: {error}")
+            case RolloutHeader() | Lease() | Ready() if actor is None:
+                self._count_stranger("unknown-peer")
+                self._receiver.send(peer, Rejoin())
+            case message if actor is not None:
+                self._handle_actor(peer, actor, message, received.blob)
+            case other:
+                self._count_stranger(f"unexpected-{type(other).__name__.lower()}")
+
+    def _handle_actor(self, peer: bytes, actor: _Actor, message: Message, blob: memoryview) -> None:
+        """Take in what an actor says that has said hello."""
+        if not isinstance(message, Lease):
+            actor.seen = time.monotonic()
+        match message:
+            case RolloutHeader() as header:
+                self._take_rollout(peer, actor, header, blob)
+            case Lease(steps):
+                # One that owes an answer and takes no steps has lost its ticket on the way, or is stuck: it is not to
+                # live for ever.
+                if steps > actor.begun or not self._book.owing(peer):
+                    actor.seen, actor.begun = time.monotonic(), steps
+            case Ready(fingerprint):
+                self._admit_actor(peer, actor, fingerprint)
+            case WorldState() as state:
+                if self._book.gives(peer, state.world):  # else it came too late
+                    self._pass_on(state, blob)
+            case Fault(reason) if actor.ready:
+                raise ContractError(reason)
+            case Goodbye() | Refusal():
+                self._lose(peer, "it left")
             case other:
                 self._count_stranger(f"unexpected-{type(other).__name__.lower()}")
 
@@ -354,10 +370,30 @@ class Collector:
             self._receiver.send(peer, Goodbye())
             self._lose(peer, "it was sent home")
 
+    def _pass_on(self, state: WorldState, blob: memoryview) -> None:
+        """Give a world that moved to who has it now, ahead of the ticket that names it."""
+        self._asked.pop(state.world, None)
+        owner = self._book.owner(state.world)
+        whole = bool(state.arrays) and owner is not None and self._receiver.send(owner, state, bytes(blob))
+        self._book.arrive(state.world, whole=whole)
+
+    def _ask_for_states(self) -> None:
+        """Have worlds that move handed over; who does not do it in time is not waited for."""
+        now = time.monotonic()
+        for peer, worlds in self._book.handovers():
+            self._asked |= dict.fromkeys(worlds, now)
+            if not self._receiver.send(peer, HandOver(worlds)):
+                self._lose(peer, "it cannot be reached")
+        for world in [w for w, since in self._asked.items() if now - since > self._config.cluster.lease_s]:
+            del self._asked[world]
+            self._book.arrive(world, whole=False)
+
     def _issue_tickets(self) -> None:
         if not self._started:
             return
-        for peer, ticket in self._book.due(self._newest):
+        due = self._book.due(self._newest)
+        self._ask_for_states()
+        for peer, ticket in due:
             actor = self._actors.get(peer)
             if actor is None:  # lost a moment ago, and this ticket with it
                 continue
@@ -444,6 +480,7 @@ class Collector:
             "tickets": msgspec.to_builtins(self._book.books()),
             "refused_messages": dict(self._rejected_strangers),
             "worlds_moved": self._book.worlds_moved,
+            "worlds_restarted": self._book.worlds_restarted,
             "received_bytes": self._receiver.received_bytes,
             "sent_bytes": self._receiver.sent_bytes,
         }

@@ -71,7 +71,10 @@ class TicketBook:
         self._issued = self._trained = self._lost = self._waiting = 0
         self._rejected: Counter[str] = Counter()
         self._unbalanced = True
+        self._moving: dict[int, bytes] = {}  # worlds whose state is on its way, and who gives it
+        self._to_ask: list[tuple[bytes, int]] = []  # whom to ask for which of them
         self.worlds_moved = 0
+        self.worlds_restarted = 0  # of those, the ones that began new episodes
 
     @property
     def members(self) -> list[Member]:
@@ -106,16 +109,41 @@ class TicketBook:
         It stays as one who gets worlds when nobody else is left. False if there is nobody to give them to.
         """
         member = self._members.get(peer)
-        if member is None or all(other is member for other in self._staying()):
+        others = [other for other in self._staying() if other is not member]
+        if member is None or not others:
             return False
         member.relieved = True
+        for other in others:
+            other.relieved = False  # one that stood in is one like any other
         self._lose(member)
+        self._await_no_more(peer)
         self._balance()
         return True
 
     def retired(self) -> list[bytes]:
-        """The leavers that have answered everything, to be sent home and counted out."""
-        return [m.peer for m in self._members.values() if m.leaving and not m.outstanding]
+        """The leavers that have answered everything and handed their worlds over, to be sent home and counted out."""
+        held = set(self._moving.values())
+        if self._staying():  # else there is nobody to give worlds to
+            held |= {member.peer for member in self._members.values() if member.worlds}
+        return [m.peer for m in self._members.values() if m.leaving and not m.outstanding and m.peer not in held]
+
+    def handovers(self) -> list[tuple[bytes, tuple[int, ...]]]:
+        """Who is to be asked for the state of which worlds; each is told once."""
+        asked, self._to_ask = self._to_ask, []
+        return [(peer, tuple(sorted(w for p, w in asked if p == peer))) for peer in dict(asked)]
+
+    def gives(self, peer: bytes, world: int) -> bool:
+        """Whether the state of this world is awaited from this actor."""
+        return self._moving.get(world) == peer
+
+    def owner(self, world: int) -> bytes | None:
+        """Who has a world now."""
+        return next((member.peer for member in self._members.values() if world in member.worlds), None)
+
+    def arrive(self, world: int, *, whole: bool) -> None:
+        """The state of a moving world has gone to its owner, or (not ``whole``) will not come: it begins anew."""
+        if self._moving.pop(world, None) is not None and not whole:
+            self.worlds_restarted += 1
 
     def leave(self, peer: bytes) -> None:
         """Count an actor out: its tickets are lost and its worlds move at once."""
@@ -123,6 +151,7 @@ class TicketBook:
         if member is None:
             return
         self._lose(member)
+        self._await_no_more(peer)
         if self._members and member.worlds:
             self._balance()
 
@@ -130,8 +159,10 @@ class TicketBook:
         """The tickets to send now that this version exists, oldest batch first."""
         if not self._staying():
             return []
-        if not any(member.worlds for member in self._members.values() if not member.leaving):
+        if not any(member.worlds for member in self._staying()):
             self._balance()  # at the start, and after everyone had left: open batches must not wait for an edge
+        elif any(batch.missing.intersection(m.worlds) for batch in self._open.values() for m in self._leavers()):
+            self._balance()  # what was refused is for others to do again
         while self._next - self._lag <= max(newest_version, self._first):
             if self._unbalanced:
                 self._balance()
@@ -141,7 +172,7 @@ class TicketBook:
         orders: list[tuple[bytes, Ticket]] = []
         for number, batch in sorted(self._open.items()):
             for member in self._staying() if batch.missing else []:
-                if worlds := tuple(sorted(batch.missing.intersection(member.worlds))):
+                if worlds := tuple(sorted(batch.missing.intersection(member.worlds) - self._moving.keys())):
                     ticket = Ticket(number, batch.policy_version, worlds)
                     batch.missing.difference_update(worlds)
                     member.outstanding.append(ticket)
@@ -197,11 +228,14 @@ class TicketBook:
         staying = [member for member in self.members if not member.leaving]
         return [member for member in staying if not member.relieved] or staying
 
+    def _leavers(self) -> list[Member]:
+        return [member for member in self._members.values() if member.leaving]
+
     def _balance(self) -> None:
         members = self._staying()
         if not members:
             return
-        before = {world: member.index for member in self.members for world in member.worlds}
+        before = {world: member for member in self.members for world in member.worlds}
         for other in self.members:
             if all(other is not member for member in members):
                 other.worlds = []
@@ -209,8 +243,27 @@ class TicketBook:
         assignment = assign_worlds(self._worlds, {member.index: member.worlds for member in members})
         for member in members:
             member.worlds = assignment[member.index]
-            self.worlds_moved += sum(1 for w in member.worlds if begun and before.get(w) != member.index)
+            for world in member.worlds if begun else ():
+                if before.get(world) is not member:
+                    self._move(world, before.get(world))
         self._unbalanced = False
+
+    def _move(self, world: int, giver: Member | None) -> None:
+        """A world has another owner, who goes on with the state that the one before gives, if there is one."""
+        self.worlds_moved += 1
+        if world in self._moving:  # it moves on before it came
+            return
+        if giver is None or giver.relieved:
+            self.worlds_restarted += 1
+            return
+        self._moving[world] = giver.peer
+        self._to_ask.append((giver.peer, world))
+
+    def _await_no_more(self, giver: bytes) -> None:
+        """Whatever this actor was to hand over begins anew."""
+        for world in [world for world, peer in self._moving.items() if peer == giver]:
+            self.arrive(world, whole=False)
+        self._to_ask = [(peer, world) for peer, world in self._to_ask if peer != giver]
 
 
 def assign_worlds(worlds: int, owned: dict[int, list[int]]) -> dict[int, list[int]]:

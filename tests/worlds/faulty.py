@@ -139,6 +139,17 @@ class ColumnWalk:
             walks.x[rows], walks.goal[rows] = 0.5, -0.5
         walks.age[slice(None) if fault == "resets all rows" else rows] = 0
 
+    def save_state(self) -> dict[str, np.ndarray]:
+        walks = self._walks
+        state = {"x": walks.x, "goal": walks.goal, "age": walks.age}
+        if self._fault == "forgets a number":
+            del state["goal"]
+        return state
+
+    def load_state(self, state: dict[str, np.ndarray]) -> None:
+        for name, array in state.items():
+            getattr(self._walks, name)[:] = array
+
     def observe(self, rows: np.ndarray | slice) -> None:
         walks, agent, fault = self._walks, self._agent, self._fault
         shown: Any = rows
@@ -229,6 +240,19 @@ class ObjectWalk:
                 self._walks = [Walk(0.5, -0.5) for _ in self._walks]
         for walk in self._walks:
             esper.create_entity(walk, Agent())
+
+    def save_state(self) -> dict[str, np.ndarray]:
+        found = sorted(esper.get_components(Walk, Agent), key=lambda item: item[0])
+        return {
+            "walk": np.array([(walk.x, walk.goal, walk.age) for _, (walk, _) in found]).reshape(-1, 3),
+            "ended": np.array([(agent.terminated, agent.truncated) for _, (_, agent) in found], bool).reshape(-1, 2),
+        }
+
+    def load_state(self, state: dict[str, np.ndarray]) -> None:
+        esper.add_processor(WalkProcessor(self))
+        for (x, goal, age), (terminated, truncated) in zip(state["walk"], state["ended"], strict=True):
+            walk = Walk(float(x), 0.0 if self.fault == "forgets a number" else float(goal), int(age))
+            esper.create_entity(walk, Agent(terminated=bool(terminated), truncated=bool(truncated)))
 
     def observe(self) -> None:
         fault = self.fault

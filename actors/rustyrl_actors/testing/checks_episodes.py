@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import psutil
 
+from rustyrl.wire import decode_world_state, encode_world_state
+from rustyrl_actors.catalog import EnvironmentSource
 from rustyrl_actors.environment import Environment, StepRows, TimeStep, allocate_rows
 from rustyrl_actors.testing.subject import DoesNotApplyError, Subject, ViolationError, force_end
 from rustyrl_actors.testing.trial import ActionDraws, first_difference, run_trial, run_trials
@@ -19,6 +21,7 @@ from rustyrl_actors.testing.trial import ActionDraws, first_difference, run_tria
 __all__ = [
     "differs_between_seeds",
     "does_not_leak",
+    "goes_on_from_a_saved_state",
     "keeps_slots_apart",
     "keeps_worlds_apart",
     "repeats_under_a_seed",
@@ -91,6 +94,21 @@ def resets_in_the_same_step(subject: Subject) -> None:
         _compare_new_start(subject, environment, step, rows)
     finally:
         environment.close()
+
+
+def goes_on_from_a_saved_state(subject: Subject) -> None:
+    """Take the state in the middle of a trial, and go on with it in another environment."""
+    moving = _Moving(subject.source, subject.steps // 2)
+    try:
+        moved = run_trial(moving, (subject.seed, 0, 0), subject.draws(), subject.steps)
+    finally:
+        moving.close()
+    if difference := first_difference(subject.trace(), moved):
+        raise ViolationError(
+            f"a world that went on from its saved state gave other numbers: {difference}",
+            "save_state() must give everything that changes from step to step, load_state() must put all of it back: "
+            "components, counters of processors, attributes, and the episode metrics of agents in object style",
+        )
 
 
 def keeps_slots_apart(subject: Subject) -> None:
@@ -171,6 +189,34 @@ def does_not_leak(subject: Subject) -> None:
             f"{LEAK_EPISODES} resets left {left} objects and {grown >> 20} MiB behind",
             "delete what an episode created, and do not collect it in lists or globals",
         )
+
+
+class _Moving:
+    """An environment that goes on in another one after a few steps, as a world that moves to another actor does."""
+
+    def __init__(self, source: EnvironmentSource, steps: int) -> None:
+        self._source = source
+        self._environment = source.make()
+        self._left = steps
+        self.spec = source.spec
+
+    def reset(self, seed: tuple[int, ...], out: StepRows) -> None:
+        self._environment.reset(seed, out)
+
+    def step(self, action: Any, out: StepRows) -> Any:
+        self._left -= 1
+        if self._left == 0:
+            state = self._environment.save()
+            if state is None:
+                raise DoesNotApplyError("the world has no save_state() and load_state()")
+            message, blob = encode_world_state(0, 0, 0, state)
+            self._environment.close()
+            self._environment = self._source.make()
+            self._environment.load(decode_world_state(message, memoryview(blob)))
+        return self._environment.step(action, out)
+
+    def close(self) -> None:
+        self._environment.close()
 
 
 class _EndsEarly:

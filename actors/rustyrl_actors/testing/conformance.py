@@ -51,11 +51,12 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
     "reset in the same step": episodes.resets_in_the_same_step,
     "independent slots": episodes.keeps_slots_apart,
     "independent worlds": episodes.keeps_worlds_apart,
+    "saved state": episodes.goes_on_from_a_saved_state,
     "leaks": episodes.does_not_leak,
 }
 
 
-NEED_DETERMINISM = ("clean reset", "independent slots", "independent worlds")  # they compare trials
+NEED_DETERMINISM = ("clean reset", "saved state", "independent slots", "independent worlds")  # they compare trials
 
 
 def check_environment(

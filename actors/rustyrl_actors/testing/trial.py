@@ -4,16 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rustyrl.rollout import EpisodeRows, Rollout, RolloutOrigin, Ticket, allocate_rollout
 from rustyrl.spec import ActionSpec, EnvironmentSpec
-from rustyrl_actors.environment import Arrays, Environment, Masks, StepRows, TimeStep, rows_of
+from rustyrl_actors.environment import Arrays, Masks, StepRows, TimeStep, rows_of
 
 __all__ = ["ActionDraws", "Trace", "first_difference", "run_trial", "run_trials"]
+
+
+class Stepped(Protocol):
+    """What a trial needs of an environment."""
+
+    spec: EnvironmentSpec
+
+    def reset(self, seed: tuple[int, ...], out: StepRows) -> None:
+        """Start new episodes; see `Environment.reset`."""
+        ...
+
+    def step(self, action: Arrays, out: StepRows) -> TimeStep:
+        """Step every slot once; see `Environment.step`."""
+        ...
 
 
 class ActionDraws:
@@ -85,15 +99,13 @@ class Trace:
         return [step.episodes for _, step in self.ends if step.episodes is not None]
 
 
-def run_trial(
-    environment: Environment, seed: tuple[int, ...], draws: ActionDraws, steps: int, poison: int = 0xCB
-) -> Trace:
+def run_trial(environment: Stepped, seed: tuple[int, ...], draws: ActionDraws, steps: int, poison: int = 0xCB) -> Trace:
     """Reset an environment and step it, into rows that were filled with ``poison`` before."""
     return run_trials([environment], [seed], [draws], steps, poison)[0]
 
 
 def run_trials(
-    environments: Sequence[Environment],
+    environments: Sequence[Stepped],
     seeds: Sequence[tuple[int, ...]],
     draws: Sequence[ActionDraws],
     steps: int,

@@ -109,6 +109,14 @@ class CartPoleWorld:
         """Place the carts near the middle with their poles nearly upright."""
         self._cart.state[rows] = rng.uniform(-0.05, 0.05, 4)
 
+    def save_state(self) -> dict[str, NDArray[np.float64]]:
+        """Everything that changes from step to step."""
+        return {"state": self._cart.state}
+
+    def load_state(self, state: dict[str, NDArray[np.float64]]) -> None:
+        """Go on from it."""
+        self._cart.state[:] = state["state"]
+
     def observe(self, rows: NDArray[np.intp] | slice) -> None:
         """The state itself, as float32."""
         self._agent.observation[rows] = self._cart.state[rows]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import esper
 import numpy as np
+from numpy.typing import NDArray
 
 from rustyrl_actors.agent import Agent
 from rustyrl_actors.worlds.cartpole import (
@@ -82,6 +84,20 @@ class CartPoleObjectWorld:
         for _ in range(self._slots):
             position, velocity, angle, spin = rng.uniform(-0.05, 0.05, 4).tolist()
             esper.create_entity(Cart(position, velocity), Pole(angle, spin), Agent())
+
+    def save_state(self) -> dict[str, NDArray[Any]]:
+        """Every cart, in the order of the entities, and whether its pole has fallen."""
+        carts = sorted(esper.get_components(Cart, Pole, Agent), key=lambda found: found[0])
+        return {
+            "cart": np.array([(c.position, c.velocity, p.angle, p.spin) for _, (c, p, _) in carts]),
+            "fallen": np.array([agent.terminated for _, (_, _, agent) in carts]),
+        }
+
+    def load_state(self, state: dict[str, NDArray[Any]]) -> None:
+        """Make the carts anew."""
+        esper.add_processor(CartPoleProcessor(self._parameters))
+        for (position, velocity, angle, spin), fallen in zip(state["cart"].tolist(), state["fallen"], strict=True):
+            esper.create_entity(Cart(position, velocity), Pole(angle, spin), Agent(terminated=bool(fallen)))
 
     def observe(self) -> None:
         """The state itself."""

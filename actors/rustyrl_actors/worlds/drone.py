@@ -10,8 +10,8 @@ policy can tell the difference from how the drone answers alone. ``drone-windy``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
 
 import esper
 import gymnasium
@@ -188,11 +188,11 @@ class TaskProcessor(esper.Processor):
     def __init__(self, parameters: DroneParameters) -> None:
         self._bounds_m2 = np.float32(parameters.bounds_m**2)
         self._effort = (0.5 * full_thrust_n(parameters) / hover_thrust_n(parameters)) ** 2 / 4
-        self._tick = 0
+        self.tick = np.zeros((), np.int64)  # where the ring of recent distances is written
 
     def process(self) -> None:
         """Judge one control step."""
-        self._tick = (self._tick + 1) % LAST_STEPS
+        self.tick[...] = (self.tick + 1) % LAST_STEPS
         for _, (body, task, agent) in esper.get_components(Body, Task, Agent):
             error = task.target - body.position
             distance = np.sqrt(error[:, 0] ** 2 + error[:, 1] ** 2 + error[:, 2] ** 2)
@@ -204,7 +204,7 @@ class TaskProcessor(esper.Processor):
             task.distance[:] = distance
 
     def _record(self, task: Task, distance: Floats, crashed: NDArray[np.bool_], agent: Agent) -> None:
-        column = task.recent[:, self._tick]
+        column = task.recent[:, int(self.tick)]
         task.recent_sum += distance
         task.recent_sum -= column
         column[:] = distance
@@ -280,6 +280,7 @@ class DroneWorld:
             arrival_s=np.full(slots, np.nan, np.float32),
             effort_sum=np.zeros(slots, np.float64),
         )
+        self._judge = TaskProcessor(parameters)
         self.agent = Agent(
             episode_metrics={
                 "success": np.zeros(slots, np.float32),
@@ -298,7 +299,7 @@ class DroneWorld:
             esper.add_component(drones, self.gusts)
             esper.add_processor(GustProcessor(STEP_S), priority=3)
         esper.add_processor(FlightProcessor(self._parameters), priority=2)
-        esper.add_processor(TaskProcessor(self._parameters), priority=1)
+        esper.add_processor(self._judge, priority=1)
         return self.agent
 
     def reset(self, rows: NDArray[np.intp], rng: SlotDraws) -> None:
@@ -328,6 +329,21 @@ class DroneWorld:
             self.airframe.put(rows, airframe_of(self._parameters, self._dt_s, factor))
         if largest := self._parameters.gust_m_s:
             draw_gusts(self.gusts, rows, rng, largest)
+
+    def save_state(self) -> dict[str, NDArray[Any]]:
+        """Every array of the components, and where the ring of recent distances is written."""
+        state: dict[str, NDArray[Any]] = {"tick": self._judge.tick}
+        for component in (self.body, self.rotors, self.airframe, self.task, self.gusts):
+            for part in fields(component):
+                value = getattr(component, part.name)
+                if isinstance(value, np.ndarray):  # of an airframe that does not vary, all are plain numbers
+                    state[f"{type(component).__name__}.{part.name}"] = value
+        return state
+
+    def load_state(self, state: dict[str, NDArray[Any]]) -> None:
+        """Go on from it."""
+        for name, array in self.save_state().items():
+            array[...] = state[name]
 
     def observe(self, rows: NDArray[np.intp] | slice) -> None:
         """Write what a drone can sense, in body axes (so that heading does not matter), scaled to order one.

@@ -12,6 +12,7 @@ from typing import Any
 
 import esper
 import numpy as np
+from numpy.typing import NDArray
 
 from rustyrl.errors import UsageError
 from rustyrl_actors.agent import Agent
@@ -22,6 +23,7 @@ from rustyrl_actors.worlds.quadrotor import Airframe
 __all__ = ["DroneObjectWorld"]
 
 F = np.float32
+METRICS = ("success", "crash", "final_distance", "time_to_target", "effort")
 Number = Any  # a float32 scalar: mypy takes what comes of two of them for an array
 
 
@@ -163,10 +165,51 @@ class DroneObjectWorld:
 
     def reset(self, rng: np.random.Generator) -> None:
         """Draw a start and a target for each drone."""
-        esper.add_processor(FlightProcessor(self._parameters), priority=2)
-        esper.add_processor(TaskProcessor(self._parameters), priority=1)
+        self._add_processors()
         for _ in range(self._slots):
             esper.create_entity(*_draw_drone(self._parameters, rng))
+
+    def _add_processors(self) -> None:
+        esper.add_processor(FlightProcessor(self._parameters), priority=2)
+        esper.add_processor(TaskProcessor(self._parameters), priority=1)
+
+    def save_state(self) -> dict[str, NDArray[Any]]:
+        """Every drone, in the order of the entities; single precision where the game has it."""
+        found = sorted(esper.get_components(Body, Rotors, Task, Agent), key=lambda drone: drone[0])
+        drones = [components for _, components in found]
+        return {
+            "vector": np.array(
+                [[(v.x, v.y, v.z) for v in (b.position, b.velocity, b.spin, t.target)] for b, _, t, _ in drones], F
+            ),
+            "attitude": np.array([body.attitude for body, _, _, _ in drones], F),
+            "thrust": np.array([rotors.thrust for _, rotors, _, _ in drones], F),
+            "distance": np.array([task.distance for _, _, task, _ in drones], F),
+            "recent": np.array([list(task.recent) for _, _, task, _ in drones], F),
+            "sum": np.array([(task.recent_sum, task.effort_sum) for _, _, task, _ in drones]),
+            "steps": np.array([(task.steps, task.near_steps) for _, _, task, _ in drones]),
+            "crashed": np.array([agent.terminated for _, _, _, agent in drones]),
+            "metric": np.array(
+                [[agent.episode_metrics.get(m, 0) for m in METRICS] for _, _, _, agent in drones], float
+            ),
+        }
+
+    def load_state(self, state: dict[str, NDArray[Any]]) -> None:
+        """Make the drones anew."""
+        self._add_processors()
+        for row, crashed in enumerate(state["crashed"]):
+            position, velocity, spin, target = (Vector(*vector) for vector in state["vector"][row])
+            recent_sum, effort_sum = state["sum"][row].tolist()
+            steps, near_steps = state["steps"][row].tolist()
+            recent = deque(state["recent"][row])
+            esper.create_entity(
+                Body(position, velocity, tuple(state["attitude"][row]), spin),
+                Rotors(list(state["thrust"][row])),
+                Task(target, state["distance"][row], recent, recent_sum, steps, near_steps, effort_sum),
+                Agent(
+                    terminated=bool(crashed),
+                    episode_metrics=dict(zip(METRICS, state["metric"][row].tolist(), strict=True)),
+                ),
+            )
 
     def observe(self) -> None:
         """Write what a drone can sense; see `rustyrl_actors.worlds.drone.DroneWorld.observe`."""
