@@ -25,7 +25,7 @@ from rustyrl.processes import actor_environment
 from rustyrl.progress import make_progress
 from rustyrl.remote import describe_answer
 from rustyrl.run_folder import find_run, is_live, list_runs
-from rustyrl.screen import Aspect, draw
+from rustyrl.screen import Aspect, draw, spell
 from rustyrl.top import top as watch
 from rustyrl.train import launch, resume_config
 
@@ -148,7 +148,7 @@ def status(run: RunOption = None, json: Json = False) -> None:
         _print_json(answer)
         return
     console = _screen_console()
-    for line in draw(answer, console.width, None, Aspect()):
+    for line in spell(draw(answer, console.width, None, Aspect()), console.encoding):
         line.rstrip()
         console.print(line, soft_wrap=True)
     others = [row["run"] for row in list_runs() if row["live"] and Path(row["run"]).resolve() != Path(answer["run"])]
@@ -484,7 +484,7 @@ def _ask(run: Path | None, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _screen_console() -> Console:
-    """A console for what `draw` draws; characters that it cannot show come out as question marks."""
+    """A console for what `draw` draws; letters that it cannot show come out as question marks."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     return Console(emoji=False, highlight=False)

@@ -146,7 +146,10 @@ def machine_lines(status: dict[str, Any], width: int, *, full: bool) -> list[Tex
     )
     lines += cells([(("actors here", actors_cpu), ("", actors_memory))], width)
     if gpu is None:
-        return [*lines, Text.assemble(("GPU ", "dim"), f"none; the learner computes on {learner.get('device', '-')}")]
+        return [
+            *lines,
+            Text.assemble(("GPU ", "dim"), f"none; device {learner['device']}" if "device" in learner else "-"),
+        ]
     lines += [Text.assemble(("GPU ", "dim"), gpu["name"])]
     taken = f"{size(gpu['memory_bytes'])} of {size(gpu['memory_total_bytes'])}"
     lines += cells([(("GPU busy", whole_percent(gpu.get("busy_percent"))), ("ours", size(gpu["ours_bytes"])))], width)
@@ -157,7 +160,7 @@ def curve_lines(status: dict[str, Any], width: int, height: int) -> list[Text]:
     """The learning curve: the mean return of training over env steps."""
     points = status["curve"]
     if len(points) < 2:
-        return [Text("no curve yet: two updates after ended episodes make one", "dim")]
+        return [Text("no curve yet: no episode has ended", "dim")]
     lines = [Text(line, "cyan") for line in curve(points, width, height)]
     lines[-1].stylize("dim")
     return lines

@@ -11,7 +11,7 @@ from rustyrl.actor_rows import actor_lines
 from rustyrl.panels import curve_lines, is_down, learner_lines, machine_lines, traffic_lines
 from rustyrl.units import clock, count, decimal, percent, span
 
-__all__ = ["Aspect", "draw"]
+__all__ = ["Aspect", "draw", "spell"]
 
 WIDE = 120  # three columns from here on, else two
 NARROWEST = 70  # for two
@@ -22,6 +22,8 @@ TALLEST = 24  # curve
 STATE_STYLES = {"running": "bold green", "failed": "bold red", "finished": "bold"}
 QUIET_S = 5.0  # after so long a learner that says nothing is worth a line
 CRASH_S = 60.0  # for so long a death is worth a line
+ASCII = {ord(drawn): other for drawn, other in zip("─│┤└…█▏▎▍▌▋▊▉", "-||+~########", strict=True)}
+ASCII |= {0x2800: " ", **{0x2800 + dots: "*" for dots in range(1, 256)}}  # braille patterns
 Block = tuple[str, list[Text]]
 
 
@@ -63,6 +65,16 @@ def draw(status: dict[str, Any], width: int, height: int | None, aspect: Aspect)
     for line in lines:
         line.no_wrap = True
         line.truncate(width, overflow="ellipsis")
+    return lines
+
+
+def spell(lines: list[Text], encoding: str) -> list[Text]:
+    """The same lines in characters that an encoding has."""
+    try:
+        "".join(map(chr, ASCII)).encode(encoding)
+    except UnicodeEncodeError:
+        for line in lines:
+            line.plain = line.plain.translate(ASCII)
     return lines
 
 
@@ -129,7 +141,7 @@ def _deaths(status: dict[str, Any], width: int, room: int | None) -> list[Text]:
     """The last deaths and where they are described, if there were any and there is room."""
     if not status["crashes"] or (room is not None and room < 2):
         return []
-    lines = [_rule(f"deaths, {status['actor_restarts']} actors started again", width)]
+    lines = [_rule(f"deaths; actors started again: {status['actor_restarts']}", width)]
     for crash in reversed(status["crashes"]):
         lines.append(Text.assemble((f"{clock(crash['at_s']):>8}  ", "dim"), crash["what"]))
         if crash["record"]:

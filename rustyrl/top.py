@@ -16,6 +16,7 @@ from rich.text import Text
 from rustyrl.interrupts import Interrupts
 from rustyrl.keyboard import Keyboard
 from rustyrl.run_folder import read_cluster
+from rustyrl.screen import spell
 from rustyrl.units import clock, count
 from rustyrl.viewer import Viewer
 
@@ -74,7 +75,7 @@ def _show(shown: Viewer, keyboard: Keyboard, console: Console, interrupts: Inter
             drawn_at, size = time.monotonic(), console.size
             with console:  # one write
                 console.control(Control.home())
-                lines = Text("\n").join(shown.lines(size.width, size.height))
+                lines = Text("\n").join(spell(shown.lines(size.width, size.height), console.encoding))
                 console.print(Screen(lines), end="", no_wrap=True, overflow="crop", crop=True)
         for key in keyboard.read(KEY_WAIT_S):
             shown.press(key)

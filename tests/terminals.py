@@ -56,7 +56,7 @@ class Terminal:
 
     def wait(self) -> int:
         """The exit code; the terminal is as it was."""
-        poll(lambda: (self.read(), self.process.poll() is not None)[1], "its end", 10.0)
+        poll(lambda: (self.read(), self.process.poll() is not None)[1], "its end", 30.0)
         self.read()
         assert termios.tcgetattr(self._theirs) == self.modes
         assert self.drawn.rfind("\x1b[?1049l") > self.drawn.rfind("\x1b[?1049h") >= 0  # the screen from before

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import statuses
 from rich.text import Text
@@ -9,7 +11,7 @@ from rich.text import Text
 from rustyrl import units
 from rustyrl.actor_rows import ORDERS
 from rustyrl.chart import bar, curve
-from rustyrl.screen import Aspect, draw
+from rustyrl.screen import Aspect, draw, spell
 
 ALL = {
     "recorded": statuses.recorded,
@@ -116,6 +118,23 @@ def test_orders_put_first_what_they_are_named_for(order):
     expected = {"index": "0", "held": "7", "SPS": "64", "CPU": "0", "memory": "0", "seen": "64"}
     assert first == expected[order]
     assert order == "index" or f"by {order}" in text
+
+
+def test_the_screen_in_the_documents_is_what_is_drawn():
+    page = (Path(__file__).parent.parent / "docs" / "status.md").read_text()
+    shown_there = page.split("<!-- screen -->\n```\n")[1].split("```")[0]
+    lines = screen(statuses.slow(), 80, None, Aspect())
+    assert shown_there == "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def test_terminals_without_these_characters_get_others():
+    lines = [line.plain for line in spell(draw(statuses.slow(), 80, 24, FOOTER), "ascii")]
+    assert all(line.isascii() for line in lines)
+    assert lines[3].startswith("-- learner ------")
+    assert "#####" in "".join(lines)
+    assert "****" in "".join(lines)
+    whole = draw(statuses.slow(), 80, 24, FOOTER)
+    assert [line.plain for line in spell(whole, "utf-8")] == screen(statuses.slow())
 
 
 def test_without_a_height_everything_is_there():

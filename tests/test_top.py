@@ -112,6 +112,10 @@ def test_the_end_of_a_run_and_a_slow_actor_are_seen_on_the_screen(start, termina
     top.await_text("holds batch")
     top.press("r")
     await_status(cluster, lambda s: s["actors"][2]["relieved"] and not s["actors"][2]["worlds"], "it to be relieved")
+    other = terminal("top", "--run", str(cluster.run))
+    other.await_text("relieved")
+    other.process.send_signal(signal.SIGINT)
+    assert other.wait() == 130
     top.press("s")
     top.await_text("stop the run")
     top.press("y")
