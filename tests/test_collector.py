@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from clusters import poll
+from msgspec.structs import replace
 
 from rustyrl import configure
 from rustyrl.channels import Received, RolloutReceiver, RolloutSender
@@ -30,7 +33,8 @@ from rustyrl.wire import (
     encode_message,
     encode_rollout,
 )
-from rustyrl_learner.collector import Collector
+from rustyrl_learner import collector as module
+from rustyrl_learner.collector import FIRST_BY_HAND, Collector
 from rustyrl_learner.network import ActorCritic, export_weights
 
 LAYERS = {
@@ -56,12 +60,17 @@ class Peer:
     def hello(self) -> None:
         self.link.send(Hello(self.index, 100 + self.index, self.pid, self.host))
 
-    def next(self, kind: type) -> Any:
+    def next(self, kind: Any) -> Any:
         """The next message, which is to be of a kind."""
         received = self._hear()
-        assert received is not None, f"no {kind.__name__}"
+        assert received is not None, f"no {kind}"
         assert isinstance(received.message, kind), received.message
         return received.message
+
+    def nothing(self) -> None:
+        """There is no message but signs of life."""
+        while (received := self.link.receive(0.0)) is not None:
+            assert isinstance(received.message, Lease), received.message
 
     def _hear(self) -> Received | None:
         """The next message that is no sign of life."""
@@ -183,14 +192,11 @@ def test_an_actor_that_waits_although_it_owes_an_answer_is_lost_and_told(collect
             return tickets(thread)["lost"] == 1
 
         poll(lost, "the ticket to be given up")
-        peer.link.send(Lease())
+        peer.link.send(Lease())  # those before may have come before it was
         assert peer.next(Rejoin)
         peer.hello()
-        received = peer._hear()
-        while received is not None and isinstance(received.message, Rejoin):  # one for each lease
-            received = peer._hear()
-        assert received is not None
-        assert isinstance(received.message, Welcome)
+        while isinstance(peer.next(Rejoin | Welcome), Rejoin):  # an answer to each lease
+            pass
     other = Peer(receiver.address, 1, 2)
     with other.link:
         other.ready()
@@ -323,3 +329,277 @@ def test_a_death_before_hello_does_not_keep_the_first_batch_waiting(tmp_path):
         thread.report_death(12345)
         assert peer.ticket().worlds == (0, 1)
     thread.close()
+
+
+class Clock:
+    """Stands for the module ``time``: time goes on as always, and by what the test adds."""
+
+    def __init__(self) -> None:
+        self.added_s = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.added_s
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def patient(tmp_path, clock) -> Iterator[tuple[Collector, RolloutReceiver]]:
+    """A lease of 30 s, that is over when the test says so."""
+    config = replace(CONFIG, cluster=replace(CONFIG.cluster, lease_s=30.0))
+    receiver = RolloutReceiver(f"ipc://{tmp_path}/link")
+    collector = Collector(receiver, SPEC, config, 0, 1, 0, WEIGHTS, pin=False)
+    collector.start()
+    yield collector, receiver
+    collector.close()
+
+
+def turn(thread: Collector) -> None:
+    """Wait until the receive thread has looked at everything once more."""
+    for _ in range(2):  # the one under way may have been past it
+        before = thread.snapshot()
+        thread._receiver.wake()
+        poll(lambda before=before: thread.snapshot() is not before, "a turn")
+
+
+def pass_time(thread: Collector, clock: Clock, seconds: float) -> None:
+    """Let time pass in steps so small that the thread does not take itself to have stood still."""
+    while seconds > 0:
+        clock.added_s += min(seconds, 0.7)
+        seconds -= 0.7
+        turn(thread)
+
+
+def outlive_lease(thread: Collector, clock: Clock, index: int) -> None:
+    """Let time pass until an actor is given up: a lease at most, and what this machine stood still."""
+
+    def gone() -> bool:
+        pass_time(thread, clock, 1.0)
+        return index not in indices(thread)
+
+    poll(gone, f"the end of the lease of {index}")
+
+
+def indices(thread: Collector) -> list[int]:
+    return [actor["index"] for actor in thread.snapshot()["actors"]]
+
+
+@pytest.mark.parametrize("what", ["ready", "answer"])
+def test_whatever_a_stranger_says_but_hello_it_is_told_to_say_that(collector, what):
+    """It belongs to the learner before this one."""
+    thread, receiver = collector
+    with RolloutSender(receiver.address) as stranger:
+        if what == "ready":
+            stranger.send(Ready(SPEC.fingerprint))
+        else:
+            peer = Peer.__new__(Peer)
+            peer.index = 0
+            header, blob = peer.frames(TicketMessage(0, 3, 3, (0, 1)))
+            stranger.send_frames(header, bytes(blob), 5.0)
+        received = stranger.receive(10.0)
+        assert received is not None
+        assert isinstance(received.message, Rejoin)
+        poll(lambda: thread.snapshot()["refused_messages"] == {"unknown-peer": 1}, "the count")
+
+
+def test_a_slow_actor_whose_leases_count_steps_is_kept(patient, clock):
+    thread, receiver = patient
+    peer = Peer(receiver.address, 0, 1)
+    with peer.link:
+        peer.ready()
+        ticket = peer.ticket()
+        for steps in range(1, 4):
+            pass_time(thread, clock, 20.0)
+            peer.link.send(Lease(steps))
+            turn(thread)
+            poll(lambda: thread.snapshot()["actors"][0]["silent_s"] < 5, "the lease")
+        assert indices(thread) == [0]
+        assert thread.snapshot()["silent"] == []
+        peer.answer(ticket)
+        assert thread.next_batch(10.0) is not None
+
+
+def test_a_stuck_actor_whose_leases_count_no_more_steps_is_given_up(patient, clock):
+    thread, receiver = patient
+    peer = Peer(receiver.address, 0, 1)
+    with peer.link:
+        peer.ready()
+        peer.ticket()
+        peer.link.send(Lease(7))
+        turn(thread)
+        for _ in range(2):
+            pass_time(thread, clock, 12.0)
+            peer.link.send(Lease(7))
+        assert indices(thread) == [0]
+        outlive_lease(thread, clock, 0)
+        assert clock.added_s < 45
+        assert thread.snapshot()["silent"] == [100]
+        assert tickets(thread)["lost"] == 1
+        peer.hello()  # it was only very slow
+        poll(lambda: indices(thread) == [0], "its return")
+        assert thread.snapshot()["silent"] == []
+
+
+def test_who_joined_by_hand_gets_an_index_that_no_launcher_gives(collector):
+    _, receiver = collector
+    given, peers = [], []
+    for index in (-1, 0, -1, 1001, -1):
+        if index == 1001:
+            assert given[-1] == 1001
+            peers[0].link.close()  # the first
+            peers[0] = Peer(receiver.address, 5, 9)
+            continue
+        peers.append(Peer(receiver.address, index, 1))
+        given.append(peers[-1].welcome.index)
+    assert given[:3] == [FIRST_BY_HAND, 0, FIRST_BY_HAND + 1]
+    assert given[3] in (FIRST_BY_HAND, FIRST_BY_HAND + 2)  # the first may still be there
+    assert FIRST_BY_HAND == 1000
+    for peer in peers:
+        peer.link.close()
+
+
+def test_what_a_process_said_before_it_ended_is_of_no_account(collector):
+    thread, receiver = collector
+    thread.report_death(100)
+    turn(thread)
+    with RolloutSender(receiver.address) as link:
+        link.send(Hello(0, 100, 1, "elsewhere"))
+        turn(thread)
+        assert indices(thread) == []
+        link.send(Hello(0, 101, 2, "elsewhere"))  # its successor's
+        received = link.receive(10.0)
+        assert received is not None
+        assert isinstance(received.message, Welcome)
+
+
+def test_actors_hear_that_the_learner_lives(patient, clock):
+    thread, receiver = patient
+    peer = Peer(receiver.address, 0, 1)
+    with peer.link:
+        turn(thread)
+        assert peer.link.receive(0.0) is None
+        for _ in range(2):
+            pass_time(thread, clock, module.PROBE_S)
+            received = peer.link.receive(10.0)
+            assert received is not None
+            assert isinstance(received.message, Lease)
+
+
+def test_who_has_gone_without_a_word_is_missed_by_the_next_probe(patient, clock):
+    """And not only when its lease is over."""
+    thread, receiver = patient
+    peer, other = Peer(receiver.address, 0, 1), Peer(receiver.address, 1, 2)
+    with other.link:
+        peer.ready()
+        peer.ticket()
+        other.ready()
+        peer.link.close()
+
+        def missed() -> bool:
+            pass_time(thread, clock, module.PROBE_S)
+            return indices(thread) == [1]
+
+        poll(missed, "the one that has gone")
+        assert clock.added_s < 25.0
+        assert thread.snapshot()["silent"] == []
+        assert other.ticket().worlds == (0, 1)
+
+
+def test_after_the_receive_thread_stood_still_nobody_is_given_up_for_it(patient, clock):
+    """The machine slept, or the process was stopped: what actors said meanwhile is still to be read."""
+    thread, receiver = patient
+    peer, other = Peer(receiver.address, 0, 1), Peer(receiver.address, 1, 2)
+    with peer.link, other.link:
+        peer.ready()
+        pass_time(thread, clock, 10.0)
+        clock.added_s += 1000.0
+        peer.link.send(Lease(1))
+        turn(thread)
+        turn(thread)
+        silent = {actor["index"]: actor["silent_s"] for actor in thread.snapshot()["actors"]}
+        assert 0 <= silent[0] < 5  # it was heard now, and not in times to come
+        assert 7 < silent[1] < 15  # the standstill is no silence of its
+        outlive_lease(thread, clock, 1)
+        assert indices(thread) == [0]
+        outlive_lease(thread, clock, 0)
+        assert clock.added_s < 1000 + 10 + 45
+
+
+def test_the_worlds_of_who_is_relieved_go_to_the_others_at_once(collector):
+    thread, receiver = collector
+    peer = Peer(receiver.address, 0, 1)
+    with peer.link:
+        peer.ready()
+        ticket = peer.ticket()
+        other = Peer(receiver.address, 1, 2)
+        with other.link:
+            other.ready()
+            poll(lambda: [a["ready"] for a in thread.snapshot()["actors"]] == [True, True], "both")
+            shown = thread.snapshot()["actors"][0]
+            assert (shown["holds"], shown["relieved"], shown["worlds"]) == (True, False, 2)
+            assert thread.snapshot()["actors"][1]["holds"] is False
+            assert thread.snapshot()["actors"][1]["owes_s"] == 0.0
+            thread.relieve(99)  # which nobody is
+            thread.relieve(100)
+            again = other.ticket()
+            assert again.ticket == ticket.ticket
+            turn(thread)
+            shown = thread.snapshot()["actors"][0]
+            assert (shown["holds"], shown["relieved"], shown["worlds"], shown["owes_s"]) == (False, True, 0, 0.0)
+            peer.answer(ticket)  # too late
+            poll(lambda: thread.snapshot()["refused_messages"] == {"ticket": 1}, "the late answer")
+            other.answer(again)
+            buffer = thread.next_batch(10.0)
+            assert buffer is not None
+            thread.publish(buffer, 1, WEIGHTS)
+            assert other.ticket().worlds == (0, 1)
+            peer.nothing()
+            books = {"issued": 3, "trained": 1, "rejected": {}, "lost": 1, "outstanding": 1}
+            poll(lambda: tickets(thread) == books, "the books")
+
+
+def test_the_only_actor_is_not_relieved(collector):
+    thread, receiver = collector
+    peer = Peer(receiver.address, 0, 1)
+    with peer.link:
+        peer.ready()
+        ticket = peer.ticket()
+        thread.relieve(100)
+        turn(thread)
+        shown = thread.snapshot()["actors"][0]
+        assert (shown["holds"], shown["relieved"], shown["worlds"]) == (True, False, 2)
+        peer.answer(ticket)
+        assert thread.next_batch(10.0) is not None
+
+
+@pytest.mark.parametrize("goodbye", [True, False])
+def test_actors_are_told_that_the_run_is_over_unless_another_learner_follows(tmp_path, goodbye):
+    receiver = RolloutReceiver(f"ipc://{tmp_path}/link")
+    thread = Collector(receiver, SPEC, CONFIG, 0, 2, 0, WEIGHTS, pin=False)
+    thread.start()
+    peer = Peer(receiver.address, 0, 1)
+    with peer.link:
+        closing = threading.Thread(target=thread.close, kwargs={"goodbye": goodbye})
+        closing.start()
+        if goodbye:
+            assert peer.next(Goodbye)
+            peer.link.send(Goodbye())
+        closing.join(10.0)
+        assert not closing.is_alive()
+        peer.nothing()
+
+
+def test_when_the_receive_thread_breaks_actors_wait_for_another_learner(collector, monkeypatch):
+    thread, receiver = collector
+    peer = Peer(receiver.address, 0, 1)
+    with peer.link:
+        monkeypatch.setattr(thread, "_check_start", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            thread.next_batch(10.0)
+        thread._thread.join(10.0)
+        peer.nothing()

@@ -15,7 +15,8 @@ import pytest
 
 from rustyrl.rollout import EpisodeRows
 from rustyrl.spec import ActionSpec, ArraySpec, EnvironmentSpec, MetricSpec
-from rustyrl_learner.record import WINDOW, EpisodeWindow, MetricsLog
+from rustyrl_learner import record as module
+from rustyrl_learner.record import REOPEN_S, WINDOW, EpisodeWindow, MetricsLog
 
 SPEC = EnvironmentSpec(
     env="maze",
@@ -197,3 +198,86 @@ def test_tensorboard_shows_no_update_twice_after_a_resume(tmp_path: Path) -> Non
     with log_of(tmp_path, 2) as log:
         log.write(row(3, return_mean=-7.0))
     assert scalars_in(tmp_path)["return_mean"] == [(100, 0.5), (200, 1.0), (300, -7.0)]
+
+
+class FullDisk:
+    """Stands for the file of a log: so many bytes fit, then nothing does."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, data: bytes) -> int:
+        if self.room <= 0 and data:
+            raise OSError(28, "No space left on device")
+        written: int = self.file.write(data[: self.room])  # as a disk does that is nearly full
+        self.room -= written
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("room", [0, 1, 30])
+def test_a_full_disk_costs_rows_each_whole(tmp_path: Path, room: int) -> None:
+    with log_of(tmp_path) as log:
+        log.write(row(1))
+        file = log._file
+        log._file = FullDisk(file, room)
+        for version in (2, 3):
+            with pytest.raises(OSError, match="No space left"):
+                log.write(row(version))
+        assert log.lost == 2
+        assert [r["policy_version"] for r in rows_in(tmp_path)] == [1]
+        log._file = file  # there is room again
+        log.write(row(4))
+        assert log.lost == 2
+    assert [r["policy_version"] for r in rows_in(tmp_path)] == [1, 4]
+    assert [step for step, _ in scalars_in(tmp_path)["return_mean"]] == [100, 200, 300, 400]  # which had room
+
+
+def test_a_row_that_is_written_in_pieces_is_whole(tmp_path: Path) -> None:
+    class Short(FullDisk):
+        def write(self, data: bytes) -> int:
+            return int(self.file.write(data[:7]))
+
+    with log_of(tmp_path) as log:
+        log._file = Short(log._file, 0)
+        log.write(row(1))
+        log.write(row(2))
+    assert rows_in(tmp_path) == [row(1), row(2)]
+
+
+def test_tensorboard_is_opened_again_a_while_after_its_disk_was_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock:
+        now = 1000.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    opened: list[Any] = []
+    with log_of(tmp_path) as log:
+        open_board = log._open_board
+        log._open_board = lambda step: opened.append(step) or open_board(step)
+        log.write(row(1))
+
+        def full(*arguments: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(log._board, "add_scalar", full)
+        with pytest.raises(OSError, match="No space left"):
+            log.write(row(2))
+        log.write(row(3))  # it is left alone, and the rows go on
+        clock.now += REOPEN_S - 0.01
+        log.write(row(4))
+        assert opened == []
+        clock.now += 0.02
+        log.write(row(5))
+        log.write(row(6))
+        assert opened == [0]
+        assert log.lost == 0
+    assert [r["policy_version"] for r in rows_in(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in scalars_in(tmp_path)["return_mean"]] == [100, 500, 600]

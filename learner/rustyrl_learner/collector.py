@@ -427,7 +427,7 @@ class Collector:
         self._turned = now
         if now - before > 2 * POLL_S:  # this process stood still, and what they said meanwhile is still to be read
             for actor in self._actors.values():
-                actor.seen += now - before
+                actor.seen = min(now, actor.seen + now - before)  # who was heard just now already stands at now
         limit = now - self._config.cluster.lease_s
         for peer, actor in [(p, a) for p, a in self._actors.items() if a.seen < limit]:
             self._silent.add(actor.hello.incarnation)
