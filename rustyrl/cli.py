@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -22,7 +23,10 @@ from rustyrl.errors import RunFailedError, UsageError
 from rustyrl.new import new_project
 from rustyrl.processes import actor_environment
 from rustyrl.progress import make_progress
+from rustyrl.remote import describe_answer
 from rustyrl.run_folder import find_run, is_live, list_runs
+from rustyrl.screen import Aspect, draw, spell
+from rustyrl.top import top as watch
 from rustyrl.train import launch, resume_config
 
 __all__ = ["main"]
@@ -143,38 +147,65 @@ def status(run: RunOption = None, json: Json = False) -> None:
     if json:
         _print_json(answer)
         return
-    console = Console(emoji=False)
-    learner_figures, tickets = answer["learner"], answer["tickets"]
-    console.print(f"{answer['env']} {answer['state']} for {answer['seconds']:.0f} s, {answer['run']}", highlight=False)
-    console.print(
-        f"version {learner_figures.get('version', 0)}, {learner_figures.get('steps', 0):,} steps, "
-        f"{learner_figures.get('trained_sps', 0):,.0f} trained SPS, tickets {tickets}",
-        highlight=False,
-    )
-    table = Table("actor", "pid", "host", "worlds", "SPS", "version", "rollouts", "restarts")
-    for row in answer["actors"]:
-        table.add_row(
-            *(str(row[key]) for key in ("index", "pid", "host", "worlds", "sps", "version", "rollouts", "restarts"))
-        )
-    console.print(table)
+    console = _screen_console()
+    for line in spell(draw(answer, console.width, None, Aspect()), console.encoding):
+        line.rstrip()
+        console.print(line, soft_wrap=True)
+    others = [row["run"] for row in list_runs() if row["live"] and Path(row["run"]).resolve() != Path(answer["run"])]
+    if run is None and others:
+        verb = "runs go" if len(others) > 1 else "run goes"
+        console.print(f"\n{len(others)} other {verb} on: {', '.join(others)}; this is the newest", soft_wrap=True)
 
 
 @app.command(
-    epilog="Examples:\n\n  rustyrl scale 8\n\n  rustyrl scale +2\n\n  rustyrl scale -1 --now",
+    epilog="Keys are listed by pressing ? there.\n\nExample:\n\n  rustyrl top --run runs/drone-20260101-120000"
+)
+def top(
+    run: RunOption = None,
+    every: Annotated[float, typer.Option(min=0.1, max=60.0, help="Seconds between two looks.")] = 0.5,
+) -> None:
+    """Watch and steer a running cluster on the whole screen."""
+    path, _ = find_run(run, live=True)
+    console = _screen_console()
+    if not (sys.stdin.isatty() and console.is_terminal) or console.is_dumb_terminal:
+        raise UsageError("top needs a terminal; rustyrl status prints the same once, and --json for programs")
+    console.print(watch(path, every, console), soft_wrap=True, highlight=False, markup=False)
+
+
+@app.command(
+    epilog="Examples:\n\n  rustyrl scale 8\n\n  rustyrl scale +2\n\n  rustyrl scale -1 --now\n\n"
+    "  rustyrl scale --auto 1:8\n\n  rustyrl scale --relieve 3",
     context_settings={"ignore_unknown_options": True},  # or -1 would be one
 )
 def scale(
-    actors: Annotated[str, typer.Argument(metavar="N", help="How many actors, or a change: +2, -1.")],
+    actors: Annotated[str | None, typer.Argument(metavar="[N]", help="How many actors, or a change: +2, -1.")] = None,
     now: Annotated[bool, typer.Option("--now", help="Those that leave do not finish their tickets.")] = False,
+    auto: Annotated[
+        str | None, typer.Option(metavar="MIN:MAX", help="Let the number follow what the learner waits for.")
+    ] = None,
+    relieve: Annotated[
+        int | None, typer.Option(metavar="INDEX", help="Give the worlds of a slow actor to the others.")
+    ] = None,
     run: RunOption = None,
     json: Json = False,
 ) -> None:
-    """Change the number of actors of a running cluster."""
-    answer = _ask(run, {"kind": "scale", "actors": actors, "now": now})
+    """Change the number of actors of a running cluster, or who has its worlds."""
+    if sum(choice is not None for choice in (actors, auto, relieve)) != 1:
+        raise UsageError("scale takes one of N, --auto MIN:MAX and --relieve INDEX")
+    if now and actors is None:
+        raise UsageError("--now goes with N: those that leave do not finish their tickets")
+    if relieve is not None:
+        request: dict[str, Any] = {"kind": "relieve", "index": relieve}
+    else:
+        request = {"kind": "scale", "auto": auto} if auto is not None else {"kind": "scale", "actors": actors}
+    answer = _ask(run, {**request, "now": now})
     if "error" in answer:
         raise UsageError(answer["error"])
     if json:
         _print_json(answer)
+        return
+    if relieve is not None:
+        typer.echo(describe_answer(answer))
         return
     typer.echo(f"from {answer['before']} to {answer['actors']} actors for {answer['worlds']} worlds")
     if answer["note"]:
@@ -450,6 +481,13 @@ def _ask(run: Path | None, request: dict[str, Any]) -> dict[str, Any]:
             return control.request(request, ANSWER_S)
         except TimeoutError as error:
             raise RunFailedError(f"{path}: {error}") from None
+
+
+def _screen_console() -> Console:
+    """A console for what `draw` draws; letters that it cannot show come out as question marks."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    return Console(emoji=False, highlight=False)
 
 
 def _print_json(content: Any) -> None:

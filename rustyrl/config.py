@@ -137,6 +137,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     lease_s: Annotated[
         float, _help("an actor that gives no sign of life for so long, as in one step of a world, is replaced", gt=0)
     ] = 30.0
+    prometheus: Annotated[
+        str, _help("HOST:PORT of this machine where Prometheus can scrape the run, such as 127.0.0.1:9095; '' is off")
+    ] = ""
     stop_s: Annotated[float, _help("grace before what still runs is killed", gt=0)] = 5.0
 
 

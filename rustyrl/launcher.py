@@ -5,12 +5,13 @@ It owns the processes and the control socket; it never touches experience or par
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rustyrl.autoscale import AutoScale, Reading, parse_range
 from rustyrl.black_box import BlackBox
@@ -28,6 +29,9 @@ from rustyrl.run_folder import ClusterFile, RunFolder, read_best
 from rustyrl.spec import EnvironmentSpec
 from rustyrl.status import StatusBoard
 from rustyrl.supervisor import Death, Supervisor
+
+if TYPE_CHECKING:
+    from rustyrl.exporter import Exporter
 
 __all__ = ["Launcher", "default_actors"]
 
@@ -84,6 +88,7 @@ class Launcher:
         self._link = ""
         self._dead: list[int] = []  # incarnations of actors
         self._awaiting_checkpoint: list[bytes] = []  # who asked for one
+        self._exporter: Exporter | None = None
         self._alone_since: float | None = None
         self._started_at = time.time()
 
@@ -94,7 +99,7 @@ class Launcher:
             UsageError: what was asked for cannot be had (a port in use, CUDA absent, ...).
             RunFailedError: the run ended badly, with the cause.
         """
-        with ControlServer(self._folder.socket_address("control")) as control:
+        with ControlServer(self._folder.socket_address("control")) as control, self._open_exporter() as self._exporter:
             self._control_address = control.address
             ended = "failed"
             try:
@@ -111,6 +116,18 @@ class Launcher:
                 self._judge.close()
                 self._enter(ended)
         return summary
+
+    def _open_exporter(self) -> contextlib.AbstractContextManager[Exporter | None]:
+        """The Prometheus endpoint, if one is wanted."""
+        address = self._config.cluster.prometheus
+        if not address:
+            return contextlib.nullcontext()
+        from rustyrl.exporter import Exporter  # needs a package that few runs need
+
+        exporter = Exporter(address)
+        self._board.prometheus = exporter.url
+        self._progress.say(f"metrics for Prometheus are at {exporter.url}")
+        return exporter
 
     def _children(self) -> list[Child]:
         actors, learner = self._supervisor.children, self._learner.child
@@ -197,7 +214,17 @@ class Launcher:
         self._scale_by_wait(control)
         self._check_limits(control)
         self._logs.turn()
+        self._show()
+
+    def _show(self) -> None:
+        """Have how things stand where people and Prometheus look."""
         self._progress.show(self._board.view(self._state))
+        if self._exporter is not None:
+            self._exporter.offer(self._status)
+
+    def _status(self) -> dict[str, Any]:
+        auto = None if self._auto is None else {"lowest": self._auto.lowest, "highest": self._auto.highest}
+        return self._board.status(self._state, auto)
 
     def _hear(self, control: ControlServer, peer: bytes, message: dict[str, Any]) -> None:
         """Take in what the learner says, or answer a verb."""
@@ -261,8 +288,7 @@ class Launcher:
         """What a verb is answered."""
         match request.get("kind"):
             case "status":
-                auto = None if self._auto is None else {"lowest": self._auto.lowest, "highest": self._auto.highest}
-                return self._board.status(self._state, auto)
+                return self._status()
             case "pause" | "unpause" | "checkpoint" | "scale" | "relieve" if self._state not in RUNNING:
                 return {"error": f"the run is {self._state}; it takes that while it is running"}
             case "scale":
@@ -344,11 +370,17 @@ class Launcher:
 
     def _relieve(self, control: ControlServer, index: Any) -> dict[str, Any]:
         """Give the worlds of one actor to the others."""
-        for actor in self._learner.report.get("actors", []):
-            if actor["index"] == index:
-                self._order(control, {"kind": "relieve", "incarnation": actor["incarnation"]})
-                return {"index": index, "worlds": actor["worlds"]}
-        return {"error": f"there is no actor {index}"}
+        actors = [actor for actor in self._learner.report.get("actors", []) if actor["ready"]]
+        found = next((actor for actor in actors if actor["index"] == index), None)
+        if found is None:
+            known = ", ".join(str(actor["index"]) for actor in actors)
+            return {"error": f"there is no actor {index!r} to relieve; expected one of {known or 'none'}"}
+        if found["relieved"]:
+            return {"error": f"actor {index} is relieved already"}
+        if all(actor["relieved"] or actor is found for actor in actors):
+            return {"error": f"nobody else is there to take the worlds of actor {index}; rustyrl scale +1 starts one"}
+        self._order(control, {"kind": "relieve", "incarnation": found["incarnation"]})
+        return {"index": index, "worlds": found["worlds"]}
 
     def _retire(self, child: Child) -> None:
         child.kill()  # nothing was given to it yet
@@ -418,7 +450,7 @@ class Launcher:
             self._enter("recovering")
 
     def _mourn_learner(self, control: ControlServer, death: LearnerDeath) -> None:
-        self._board.take_crash(death.cause, None)
+        self._board.take_crash(death.cause, death.record)
         for asker in self._awaiting_checkpoint:
             control.send(asker, {"error": "the learner died before the checkpoint was written"})
         self._awaiting_checkpoint.clear()
@@ -570,7 +602,7 @@ class Launcher:
         def meanwhile() -> bool:
             for peer, message in control.receive(TURN_S, []):
                 self._hear(control, peer, message)
-            self._progress.show(self._board.view(self._state))
+            self._show()
             return self._interrupts.count > seen or self._stop_asked > stopped
 
         return self._judge.final(policy, meanwhile)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ class LearnerDeath:
 
     cause: in words, with the end of its log
     restart_in_s: None if nothing follows it, because of ``loop``
+    record: what is kept of it
     """
 
     cause: str
     restart_in_s: float | None
     loop: str
+    record: Path | None = None
 
 
 class LearnerKeeper:
@@ -122,7 +125,8 @@ class LearnerKeeper:
         record = write_crash(self._crashes, self.child, what, [f"incarnation {self.incarnation}"], tail)
         cause = f"the learner (process {self.child.pid}) {what}; see {record}\n{tail}"
         grown = self.report.get("version", 0) > self._version_then
-        return self._follow(cause, counted=code not in (0, *FROM_OUTSIDE) or not grown)
+        death = self._follow(cause, counted=code not in (0, *FROM_OUTSIDE) or not grown)
+        return replace_fields(death, record=record)
 
     def _follow(self, cause: str, *, counted: bool) -> LearnerDeath:
         """Decide whether another follows, and when."""

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from rustyrl.config import Config
+from rustyrl.holdups import HoldUps
 from rustyrl.judge import Judge
 from rustyrl.learner_keeper import LearnerKeeper
 from rustyrl.progress import View
+from rustyrl.rates import Rates
 from rustyrl.spec import EnvironmentSpec
 from rustyrl.supervisor import Berth, Death, Supervisor
 from rustyrl.usage import UNKNOWN, Usage
@@ -21,8 +23,6 @@ __all__ = ["StatusBoard"]
 CURVE_POINTS = 240  # of the learning curve; older ones are thinned out
 LISTED_APART = {"kind", "actors", "tickets", "gpu", "silent", "worlds_moved", "worlds_restarted"}
 LISTED_APART |= {"received_bytes", "sent_bytes", "refused_messages"}
-RECENT_S, RECENT_VERSIONS = 5.0, 4  # what the present speeds are over, whichever is longer
-COUNTED = ("incarnation", "version", "steps", "received_bytes", "sent_bytes", "stages_s")
 CRASHES_SHOWN = 5
 
 
@@ -47,12 +47,14 @@ class StatusBoard:
         self._usage = Usage()
         self._host = socket.gethostname()
         self._started = time.monotonic()
-        self._recent: deque[tuple[float, dict[str, Any]]] = deque()
+        self._rates = Rates()
+        self._holdups = HoldUps()
         self._curve: list[tuple[int, float]] = []
         self._every = 1  # of so many points one is kept
         self._skipped = 0
         self._crashes: deque[dict[str, Any]] = deque(maxlen=CRASHES_SHOWN)
         self.actor_restarts = 0
+        self.prometheus = ""  # where its endpoint is
 
     @property
     def seconds(self) -> float:
@@ -62,19 +64,14 @@ class StatusBoard:
     def take_report(self, report: dict[str, Any]) -> None:
         """Take in what the learner says of itself."""
         now = time.monotonic()
-        if self._recent and self._recent[-1][1]["incarnation"] != report["incarnation"]:
-            self._recent.clear()
-        self._recent.append((now, {key: report[key] for key in COUNTED}))
-        while len(self._recent) > 1:
-            then, before = self._recent[1]
-            if then > now - RECENT_S or report["version"] - before["version"] < RECENT_VERSIONS:
-                break
-            self._recent.popleft()
+        self._rates.take(report, now)
+        self._holdups.take(report, now)
         self._take_point(report)
 
     def take_crash(self, what: str, record: Path | None) -> None:
         """Remember that a process died."""
         first = what.splitlines()[0] if what else ""
+        first = first.removesuffix(f"; see {record}")
         self._crashes.append({"what": first, "record": str(record or ""), "at_s": round(self.seconds, 1)})
 
     def take_death(self, death: Death) -> None:
@@ -91,13 +88,19 @@ class StatusBoard:
         berths = {berth.child.incarnation: berth for berth in supervisor.berths if berth.child is not None}
         local = [row["pid"] for row in rows if row["host"] == self._host]
         self._usage.look([*local, *([] if self._learner.child is None else [self._learner.child.pid])])
+        actors = [self._describe_actor(row, berths.get(row["incarnation"]), report) for row in rows]
+        present = {row["incarnation"] for row in rows}
+        absent = [b for b in supervisor.berths if b.child is None or b.child.incarnation not in present]
         return {
             "run": str(self._run),
             "env": self._spec.env,
             "state": state,
             "seconds": round(self.seconds, 3),
+            "limits": {"steps": self._config.run.total_steps, "seconds": self._config.run.max_seconds},
             "learner": self._describe_learner(report),
-            "actors": [self._describe_actor(row, berths.get(row["incarnation"]), report) for row in rows],
+            "actors": actors,
+            "actors_absent": [describe_absent(berth) for berth in absent],
+            "held_by": self._holdups.holders(actors, self.wait_share() if state == "running" else None),
             "actors_started": len(supervisor.berths),
             "actors_alive": sum(berth.running for berth in supervisor.berths),
             "actors_wanted": supervisor.wanted,
@@ -111,8 +114,8 @@ class StatusBoard:
             "wire": {
                 "received_bytes": report.get("received_bytes", 0),
                 "sent_bytes": report.get("sent_bytes", 0),
-                "received_bytes_s": self._rate("received_bytes"),
-                "sent_bytes_s": self._rate("sent_bytes"),
+                "received_bytes_s": self._rates.per_s("received_bytes"),
+                "sent_bytes_s": self._rates.per_s("sent_bytes"),
                 "refused_messages": report.get("refused_messages", {}),
             },
             "machine": self._usage.machine(),
@@ -120,6 +123,7 @@ class StatusBoard:
             "curve": self._curve,
             "crashes": list(self._crashes),
             "eval": self._judge.evaluation,
+            "prometheus": self.prometheus,
             "goal": [str(condition) for condition in self._judge.goal],
         }
 
@@ -141,24 +145,11 @@ class StatusBoard:
 
     def wait_share(self) -> float | None:
         """The part of the recent time that the learner waited for experience; None if too little is known."""
-        if len(self._recent) < 2:
-            return None
-        (_, before), (_, after) = self._recent[0], self._recent[-1]
-        if after["version"] <= before["version"]:
-            return None
-        spent = {k: v - before["stages_s"].get(k, 0.0) for k, v in after["stages_s"].items()}
-        total = sum(spent.values())
-        return spent.get("wait", 0.0) / total if total > 0 else None
+        return self._rates.wait_share()
 
     def sps(self) -> float:
         """Trained env steps per second, recently."""
-        return self._rate("steps")
-
-    def _rate(self, key: str) -> float:
-        if len(self._recent) < 2:
-            return 0.0
-        (then, before), (now, after) = self._recent[0], self._recent[-1]
-        return float(round((after[key] - before[key]) / max(now - then, 1e-9), 1))
+        return self._rates.per_s("steps")
 
     def _describe_learner(self, report: dict[str, Any]) -> dict[str, Any]:
         keeper = self._learner
@@ -178,8 +169,12 @@ class StatusBoard:
         }
 
     def _describe_actor(self, row: dict[str, Any], berth: Berth | None, report: dict[str, Any]) -> dict[str, Any]:
+        held = round(self._holdups.share(row["incarnation"]), 3)
         return {
             **row,
+            "sps": self._rates.actor_sps(row),
+            "mean_sps": row["sps"],
+            "held_share": held,
             "lag": report["version"] - row["version"] if row["version"] >= 0 else None,
             "started": berth is not None,
             "leaving": berth is not None and berth.leaving,
@@ -215,3 +210,16 @@ class StatusBoard:
         if run.total_steps:
             return f"{run.total_steps - report.get('steps', 0):,} steps"
         return "until " + (" and ".join(str(condition) for condition in self._judge.goal) or "stopped")
+
+
+def describe_absent(berth: Berth) -> dict[str, Any]:
+    """An actor that the learner does not know: one that starts, or will be started again."""
+    wait = None if berth.restart_at is None else round(max(0.0, berth.restart_at - time.monotonic()), 3)
+    running = berth.child if berth.running else None
+    return {
+        "index": berth.index,
+        "pid": None if running is None else running.pid,
+        "restarts": berth.replaced,
+        "restart_in_s": wait,
+        "leaving": berth.leaving,
+    }

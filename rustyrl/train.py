@@ -87,8 +87,18 @@ def _check(config: Config, spec: EnvironmentSpec, run: Path | None, resume: bool
         )
     if config.cluster.listen != "ipc":
         loopback_address(config.cluster.listen)
+    if config.cluster.prometheus:
+        _check_exporter(config.cluster.prometheus)
     if config.run.init and not resume and not Path(config.run.init).is_file():
         raise UsageError(f"--init: there is no file {config.run.init}")
+
+
+def _check_exporter(address: str) -> None:
+    if importlib.util.find_spec("prometheus_client") is None:
+        raise UsageError("cluster.prometheus needs prometheus-client: pip install 'rustyrl[prometheus]'")
+    from rustyrl.exporter import parse_address  # needs that package
+
+    parse_address(address)
 
 
 def _check_box(config: Config, spec: EnvironmentSpec) -> None:

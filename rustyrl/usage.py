@@ -53,12 +53,21 @@ class Usage:
 
     def _measure(self, pid: int) -> dict[str, Any]:
         try:
+            known = pid in self._processes
             process = self._processes.setdefault(pid, psutil.Process(pid))
             with process.oneshot():
+                recent = process.cpu_percent()
                 return {
-                    "cpu_percent": process.cpu_percent(),
+                    "cpu_percent": recent if known else mean_cpu_percent(process),
                     "memory_bytes": process.memory_info().rss,
                     "threads": process.num_threads(),
                 }
         except psutil.Error:
             return {}
+
+
+def mean_cpu_percent(process: psutil.Process) -> float:
+    """The share of one core since it was started: all that there is to say at the first look."""
+    times = process.cpu_times()
+    lived = time.time() - process.create_time()
+    return float(round(100 * (times.user + times.system) / max(lived, 0.1), 1))

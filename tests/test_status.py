@@ -17,8 +17,9 @@ from rustyrl.config import build_config
 from rustyrl.goal import goal_conditions
 from rustyrl.judge import Judge
 from rustyrl.learner_keeper import LearnerKeeper
+from rustyrl.restarts import Restarts
 from rustyrl.status import CRASHES_SHOWN, CURVE_POINTS, StatusBoard
-from rustyrl.supervisor import Death, Supervisor
+from rustyrl.supervisor import Berth, Death, Supervisor
 
 HERE = socket.gethostname()
 _, SPEC = configure({"run": {"env": "cartpole"}})
@@ -78,7 +79,8 @@ def board(tmp_path, monkeypatch) -> Iterator[Board]:
 
 def actor(index: int, **more: Any) -> dict[str, Any]:
     row = {"index": index, "incarnation": 50 + index, "pid": os.getpid(), "host": HERE, "ready": True}
-    return {**row, "version": 7, "worlds": 2, **more}
+    counted = {"sps": 10.0, "env_steps": 0, "holds": False, "relieved": False}
+    return {**row, **counted, "version": 7, "worlds": 2, **more}
 
 
 def test_before_the_first_report_nothing_is_known(board):
@@ -257,3 +259,27 @@ def test_the_display_counts_actors_that_are_ready(board):
     board.report(1.0, 2, 0.0, actors=[actor(0), actor(1), actor(1000)])
     view = board.board.view("running")
     assert (view.actors_alive, view.actors_started) == (3, 3)
+
+
+def test_the_speed_of_an_actor_is_that_of_now(board):
+    board.report(1.0, 1, 0.0, actors=[actor(0), actor(1)])
+    board.report(2.0, 2, 0.0, actors=[actor(0, env_steps=500), actor(1, env_steps=100), actor(2)])
+    rows = board.status()["actors"]
+    assert [row["sps"] for row in rows] == [250.0, 50.0, 10.0]  # of one that has just come, since then
+    assert [row["mean_sps"] for row in rows] == [10.0] * 3
+
+
+def test_who_holds_the_batch_is_named_while_it_runs(board):
+    for version in range(20):
+        board.report(1.0, version, 0.9 * version, actors=[actor(0), actor(1, holds=True)])
+    assert board.board.wait_share() == pytest.approx(0.9 / 1.9)
+    status = board.status()
+    assert [row["held_share"] for row in status["actors"]] == [0.0, 1.0]
+    assert status["held_by"] == [1]
+    assert board.board.status("paused", None)["held_by"] == []
+
+
+def test_actors_that_the_learner_does_not_know_are_listed_apart(board):
+    board.supervisor.berths.append(Berth(4, Restarts(5, 60.0), replaced=2, restart_at=board.clock.now + 1.5))
+    (absent,) = board.status()["actors_absent"]
+    assert absent == {"index": 4, "pid": None, "restarts": 2, "restart_in_s": 1.5, "leaving": False}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import psutil
@@ -19,6 +20,8 @@ SPINS = "print(flush=True)\nwhile True: pass"
 
 class Clock:
     """Stands for the module ``time``."""
+
+    time = staticmethod(time.time)
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -53,13 +56,19 @@ def test_of_who_was_not_looked_at_nothing_is_known(clock):
     assert set(UNKNOWN) == {"cpu_percent", "memory_bytes", "threads"}
 
 
+def spin(pid: int) -> None:
+    """Wait until a process has had a tenth of a second more of a core."""
+    started = psutil.Process(pid).cpu_times().user
+    while psutil.Process(pid).cpu_times().user < started + 0.1:
+        pass
+
+
 def test_a_process_is_measured_since_the_look_before(clock, spinner):
     usage = Usage()
+    spin(spinner)
     usage.look([spinner, os.getpid()])
-    assert usage.of(spinner)["cpu_percent"] == 0.0  # it cannot be known yet
-    started = psutil.Process(spinner).cpu_times().user
-    while psutil.Process(spinner).cpu_times().user < started + 0.1:
-        pass
+    assert usage.of(spinner)["cpu_percent"] > 0.0  # since it was started: there is no look before
+    spin(spinner)
     clock.now += 1.0
     usage.look([spinner, os.getpid()])
     found = usage.of(spinner)

@@ -34,7 +34,7 @@ def test_doctor_finds_nothing_wrong_here():
 
 
 def test_every_verb_has_help_with_an_example_or_options():
-    for verb in ("train", "learner", "actor", "status", "scale", "stop", "runs", "eval", "envs", "doctor"):
+    for verb in ("train", "learner", "actor", "status", "top", "scale", "stop", "runs", "eval", "envs", "doctor"):
         shown = CliRunner().invoke(app, [verb, "--help"])
         assert shown.exit_code == 0
         assert f"{verb} [OPTIONS]" in shown.output
@@ -118,7 +118,7 @@ def test_garbage_beside_real_actors_is_counted_and_harms_nothing(start):
         version = cluster.rows()[-1]["policy_version"]
         cluster.await_version(version + 3)
         status = json.loads(rustyrl("status", "--run", str(cluster.run), "--json")[1])
-    refused = status["learner"]["refused_messages"]
+    refused = status["wire"]["refused_messages"]
     assert refused["frames"] == 2
     assert refused["malformed"] == 2
     cluster.process.send_signal(signal.SIGTERM)
