@@ -126,7 +126,7 @@ class LearnerKeeper:
         self._close_books()
         what = f"ended with {describe_end(code)}" if self.ended != SIGNALED else "was told to end by SIGTERM"
         record = write_crash(self._crashes, self.child, what, [f"incarnation {self.incarnation}"], tail)
-        cause = f"the learner (process {self.child.pid}) {what}; see {record}\n{tail}"
+        cause = f"the learner (process {self.child.pid}) {what}{f'; see {record}' if record else ''}\n{tail}"
         grown = self._version_then is not None and self.report.get("version", 0) > self._version_then
         return self._follow(cause, counted=code not in OUTSIDE or not grown)
 
