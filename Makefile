@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow docker-test check format clean
+.PHONY: help setup train test test-slow test-faults docker-test check format clean
 
 help: ## list the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; make PYTHON=/path/to/python3.11"; exit 2; }
@@ -32,6 +32,9 @@ test: check ## everything that CI runs
 
 test-slow: $(STAMP) ## longer forms of some tests, which the default run leaves out
 	$(BIN)/pytest -m slow
+
+test-faults: $(STAMP) ## break clusters in every way for half an hour; FAULTS_MINUTES=2 shortens its longest part
+	$(BIN)/pytest -m faults
 
 docker-test: $(STAMP) ## build the images, and run, kill and scale a cluster of containers
 	$(BIN)/pytest -v -m docker tests/test_containers.py

@@ -47,6 +47,8 @@ RECONNECT_MAX_MS = 2000
 # Messages that one peer may have waiting: tickets bound them to a handful, this bounds a hostile peer.
 HIGH_WATER_MARK = 256
 IDENTITY_BYTES = 16
+MAX_CONTROL_BYTES = 1 << 24  # a report names every actor, in some hundred bytes each
+MAX_CONTROL_TURN = 256  # messages taken in before other things are looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +252,7 @@ class ControlServer(_Sockets):
         super().__init__()
         self._router = self._socket(zmq.ROUTER)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._router.setsockopt(zmq.MAXMSGSIZE, MAX_CONTROL_BYTES)
         try:
             self.address = self._bound = _bind(self._router, listen)
         except BaseException:
@@ -263,12 +266,12 @@ class ControlServer(_Sockets):
         for descriptor in descriptors:
             poller.register(descriptor, zmq.POLLIN)
         poller.poll(max(0, int(timeout_s * 1000)))
-        while True:
+        for _ in range(MAX_CONTROL_TURN):
             try:
                 frames = self._router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, ValueError):
+            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, ValueError, RecursionError):
                 peer, content = frames
                 yield peer, msgspec.json.decode(content, type=dict[str, Any])
 

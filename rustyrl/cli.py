@@ -444,7 +444,7 @@ def _tell(run: Path | None, kind: str, *, json: bool) -> dict[str, Any]:
     """Give a running cluster an order that it answers; refused ones are bad use."""
     answer = _ask(run, {"kind": kind})
     if "error" in answer:
-        raise UsageError(answer["error"])
+        raise (RunFailedError if answer.get("failed") else UsageError)(answer["error"])
     if json:
         _print_json(answer)
     elif "state" in answer:

@@ -129,7 +129,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         "ipc"
     )
     expect: Annotated[int, _help("actors that batch 0 waits for; -1 those that are started, at least 1", ge=-1)] = -1
-    start_deadline_s: Annotated[float, _help("how long batch 0 waits for them", gt=0)] = 60.0
+    start_deadline_s: Annotated[
+        float, _help("how long batch 0 waits for them, and an actor may take to start", gt=0)
+    ] = 60.0
     restarts: Annotated[
         int, _help("an actor, those that have a world, or the learner end the run if they die more often", ge=0)
     ] = 5

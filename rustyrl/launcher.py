@@ -68,7 +68,13 @@ class Launcher:
             self._start_learner, self._newest_checkpoint, crashes, limit, window_s, folder.next_incarnation()
         )
         self._supervisor = Supervisor(
-            self._start_actor, crashes, limit, window_s, lease_s=cluster.lease_s, seed=config.run.seed
+            self._start_actor,
+            crashes,
+            limit,
+            window_s,
+            lease_s=cluster.lease_s,
+            start_s=cluster.start_deadline_s,
+            seed=config.run.seed,
         )
         self._supervisor.wanted = default_actors() if cluster.actors < 0 else cluster.actors
         self._judge = Judge(config, goal_conditions(config.run, spec), folder.path / "logs" / "evaluate.log")
@@ -154,6 +160,7 @@ class Launcher:
         """Start a learner: the first, or one that follows another on the same address."""
         cluster, supervisor = self._config.cluster, self._supervisor
         first = self._learner.child is None
+        self._dead.clear()  # none of those can come to this one
         expect = supervisor.wanted if first else sum(berth.running for berth in supervisor.berths)
         if first and cluster.expect >= 0:
             expect = cluster.expect
@@ -227,12 +234,23 @@ class Launcher:
         return self._board.status(self._state, auto)
 
     def _hear(self, control: ControlServer, peer: bytes, message: dict[str, Any]) -> None:
-        """Take in what the learner says, or answer a verb."""
+        """Take in what the learner says, or answer a verb. Only the learner's own process is believed to be it."""
+        learner, kind = self._learner, message.get("kind")
+        if kind == "hello" and learner.child is not None and message.get("pid") == learner.child.pid:
+            learner.peer = peer
+            self._order(control, {"kind": "judging", "versions": self._judge.pending})
+            self._order(control, {"kind": "pause", "paused": self._paused})
+        elif peer == learner.peer:
+            self._hear_learner(control, message)
+        elif kind == "checkpoint" and self._state in RUNNING:  # answered once it is written
+            self._awaiting_checkpoint.append(peer)
+            self._order(control, {"kind": "checkpoint"})
+        else:
+            control.send(peer, self._answer(control, message))
+
+    def _hear_learner(self, control: ControlServer, message: dict[str, Any]) -> None:
+        """Take in what the learner says."""
         match message.get("kind"):
-            case "hello":
-                self._learner.peer = peer
-                self._order(control, {"kind": "judging", "versions": self._judge.pending})
-                self._order(control, {"kind": "pause", "paused": self._paused})
             case "listening":
                 self._begin(control, str(message["address"]))
             case "report":
@@ -245,14 +263,12 @@ class Launcher:
             case "say":
                 self._progress.say(str(message["message"]))
             case "checkpointed":
-                self._answer_askers(control, message)
+                answer: dict[str, Any] = {"version": message["version"], "checkpoint": message["path"]}
+                if message["problem"]:
+                    answer = failure(f"the checkpoint could not be written: {message['problem']}")
+                self._answer_askers(control, answer)
             case "done" | "failed":
                 self._hear_last(message)
-            case "checkpoint" if self._state in RUNNING:  # answered once it is written
-                self._awaiting_checkpoint.append(peer)
-                self._order(control, {"kind": "checkpoint"})
-            case _:
-                control.send(peer, self._answer(control, message))
 
     def _begin(self, control: ControlServer, link: str) -> None:
         """The learner listens: tell it what it missed, and start the actors if they wait for the address."""
@@ -274,10 +290,12 @@ class Launcher:
         if figures := message.get("figures"):
             self._learner.take_report({**self._learner.report, **figures})
         if message["kind"] == "failed":
+            self._learner.said = str(message["message"])
             if not message.get("crashed"):  # else it is seen to end, and another may follow
                 usage = message.get("exit_code") == UsageError.exit_code
                 kind = UsageError if usage else RunFailedError
-                self._failure = kind(str(message["message"]) + ("" if usage else self._last_good()))
+                trained = "figures" in message  # else it came to nothing, as for want of a checkpoint that is whole
+                self._failure = kind(str(message["message"]) + (self._last_good() if trained else ""))
             return
         self._learner.ended = message["reason"]
         if self._learner.done:
@@ -307,11 +325,8 @@ class Launcher:
             case other:
                 return {"error": f"unknown request {other!r}"}
 
-    def _answer_askers(self, control: ControlServer, message: dict[str, Any]) -> None:
+    def _answer_askers(self, control: ControlServer, answer: dict[str, Any]) -> None:
         """Tell who asked for a checkpoint how that went."""
-        answer: dict[str, Any] = {"version": message["version"], "checkpoint": message["path"]}
-        if message["problem"]:
-            answer = {"error": f"the checkpoint could not be written: {message['problem']}"}
         for asker in self._awaiting_checkpoint:
             control.send(asker, answer)
         self._awaiting_checkpoint.clear()
@@ -451,9 +466,7 @@ class Launcher:
 
     def _mourn_learner(self, control: ControlServer, death: LearnerDeath) -> None:
         self._board.take_crash(death.cause, death.record)
-        for asker in self._awaiting_checkpoint:
-            control.send(asker, {"error": "the learner died before the checkpoint was written"})
-        self._awaiting_checkpoint.clear()
+        self._answer_askers(control, failure("the learner died before the checkpoint was written"))
         for berth in self._supervisor.berths:
             if berth.leaving and berth.child is not None:  # it was the learner that would have sent them home
                 berth.child.kill()
@@ -519,11 +532,15 @@ class Launcher:
             return
         try:
             ended = self._judge.turn()
+            if ended is not None:
+                self._keep_verdict(control, ended)
         except RunFailedError as error:
             self._failure = self._failure or error
-            return
-        if ended is None:
-            return
+        except OSError as error:
+            self._failure = self._failure or RunFailedError(f"an evaluation came to nothing: {error}")
+
+    def _keep_verdict(self, control: ControlServer, ended: Candidate) -> None:
+        """Tell the learner of an evaluation that has ended, and keep what it found."""
         order: dict[str, Any] = {"kind": "evaluated", "version": ended.version}
         if self._judge.best is not None:
             self._folder.write_best(self._judge.best)
@@ -549,6 +566,7 @@ class Launcher:
             self._progress.say("the learner did not end its update in time and is killed; the newest checkpoint stands")
         for peer, message in list(control.receive(0, [])):
             self._hear(control, peer, message)
+        self._answer_askers(control, failure("the run ended before the checkpoint was written"))
 
     def _finish(self, control: ControlServer) -> dict[str, Any]:
         """Install the policy that is kept, evaluate it, write the summary."""
@@ -586,7 +604,7 @@ class Launcher:
             "eval": evaluation,
             "tickets": report.get("tickets", {}),
             "tickets_before": self._learner.past,
-            "learner_restarts": len(self._learner.past),
+            "learner_restarts": self._learner.restarts,
             "actor_restarts": self._board.actor_restarts,
         }
 
@@ -622,6 +640,11 @@ def parse_count(text: str, now: int) -> int:
     if not 0 <= wanted <= MAX_ACTORS:
         raise UsageError(f"{wanted} actors cannot be had; expected 0 to {MAX_ACTORS}")
     return wanted
+
+
+def failure(what: str) -> dict[str, Any]:
+    """Tell a verb that what it asked for was tried and failed, which is not bad use."""
+    return {"error": what, "failed": True}
 
 
 def idle_note(actors: int, worlds: int) -> str:

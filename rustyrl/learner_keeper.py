@@ -63,7 +63,7 @@ class LearnerKeeper:
         self._restarts = Restarts(restarts, window_s)
         self._fruitless = 0
         self._checkpoint_then = ""
-        self._version_then = 0
+        self._version_then: int | None = None  # that the present one began with, as far as it is known
         self._restart_at: float | None = None
         self.incarnation = incarnation
         self.child: Child | None = None
@@ -71,9 +71,11 @@ class LearnerKeeper:
         self.listening = False
         self.listened = False  # this one or one before it
         self.ended = ""  # why it says that training is over
+        self.said = ""  # what it says that it died of, for a disk that has no room for its log
         self.report: dict[str, Any] = {}
         self.reported_at = 0.0
         self.past: list[dict[str, Any]] = []  # the accounts of earlier incarnations
+        self.restarts = 0
 
     @property
     def running(self) -> bool:
@@ -93,12 +95,16 @@ class LearnerKeeper:
         else:
             self.child.close()
             self.incarnation += 1
-        self.peer, self.listening, self.ended = None, False, ""
-        self._version_then = self.report.get("version", 0)
+        self.peer, self.listening, self.ended, self.said = None, False, "", ""
+        self._version_then = None
+        first = self.child is None
         self.child = self._start(self.incarnation)
+        self.restarts += not first
 
     def take_report(self, report: dict[str, Any]) -> None:
         """Keep the newest figures."""
+        if self._version_then is None:
+            self._version_then = report.get("version", 0)
         self.report = report
         self.reported_at = time.monotonic()
 
@@ -119,12 +125,12 @@ class LearnerKeeper:
         self.child.ended_seen = True
         if not replace:
             return None
-        code, tail = self.child.process.returncode, self.child.tail()
+        code, tail = self.child.process.returncode, self.child.tail() or self.said
         self._close_books()
         what = f"ended with {describe_end(code)}" if self.ended != SIGNALED else "was told to end by SIGTERM"
         record = write_crash(self._crashes, self.child, what, [f"incarnation {self.incarnation}"], tail)
-        cause = f"the learner (process {self.child.pid}) {what}; see {record}\n{tail}"
-        grown = self.report.get("version", 0) > self._version_then
+        cause = f"the learner (process {self.child.pid}) {what}{f'; see {record}' if record else ''}\n{tail}"
+        grown = self._version_then is not None and self.report.get("version", 0) > self._version_then
         death = self._follow(cause, counted=code not in (0, *FROM_OUTSIDE) or not grown)
         return replace_fields(death, record=record)
 
@@ -146,9 +152,11 @@ class LearnerKeeper:
         return LearnerDeath(cause, pause, "")
 
     def _close_books(self) -> None:
-        """Keep the account of who died: what was outstanding is lost."""
+        """Keep the account of who died: what was outstanding is lost. It knows no actor any more."""
         tickets = self.report.get("tickets")
         if tickets and self.report.get("incarnation") == self.incarnation:
             closed = {**tickets, "lost": tickets["lost"] + tickets["outstanding"], "outstanding": 0}
             version = self.report.get("version", 0)
             self.past.append({"incarnation": self.incarnation, "version": version, "tickets": closed})
+        empty = {"issued": 0, "trained": 0, "rejected": {}, "lost": 0, "outstanding": 0}
+        self.report = {**self.report, "actors": [], "tickets": empty}

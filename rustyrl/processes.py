@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +17,12 @@ from rustyrl.black_box import BlackBox
 
 __all__ = ["Child", "actor_environment", "available_cores", "await_end", "start_child"]
 
-TAIL_BYTES = 8192
+TAIL_BYTES = 16384
+TRACEBACK = "Traceback (most recent call last)"
+CHAINED = ("another exception occurred:", "the direct cause of the following exception:")  # what joins two of them
+DUMP = re.compile(  # what faulthandler prints
+    r"(?:Fatal Python error.*\n\n)?(?:(?:Current thread|Thread) 0x.*\(most recent call first\):\n(?:  .*(?:\n|$))+\n?)+"
+)
 
 
 @dataclass(slots=True)
@@ -26,6 +32,7 @@ class Child:
     descriptor: becomes readable when it ends (Linux), else it is -1
     black_box: what an actor says of itself as it goes along
     incarnation: tells it from every other process that has or had its name
+    log_start: where in the log its own lines begin, behind those of a process before it
     """
 
     name: str
@@ -35,6 +42,7 @@ class Child:
     ended_seen: bool = field(default=False)
     black_box: BlackBox | None = None
     incarnation: int = 0
+    log_start: int = 0
 
     @property
     def pid(self) -> int:
@@ -57,12 +65,10 @@ class Child:
             self.process.kill()
 
     def tail(self) -> str:
-        """The end of its log: a traceback, if it died of one."""
+        """The end of its log: a traceback, if it died of one, or where its threads stood, if it was asked."""
         with contextlib.suppress(OSError), self.log.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            text = file.read().decode(errors="replace").strip()
-            start = text.rfind("Traceback (most recent call last)")
-            return text[start:] if start >= 0 else "\n".join(text.splitlines()[-5:])
+            file.seek(max(self.log_start, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            return last_words(file.read().decode(errors="replace").strip())
         return ""
 
     def close(self) -> None:
@@ -113,6 +119,7 @@ def start_child(
     if black_box is not None:
         command += ["--black-box", str(black_box.descriptor)]
     with _open_log(log) as output:
+        log_start = output.tell()
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -129,7 +136,7 @@ def start_child(
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # a kernel without pidfd: its end is seen at the next turn instead
             descriptor = os.pidfd_open(process.pid)
-    return Child(name, process, log, descriptor, black_box=black_box, incarnation=incarnation)
+    return Child(name, process, log, descriptor, black_box=black_box, incarnation=incarnation, log_start=log_start)
 
 
 def _open_log(path: Path) -> IO[bytes]:
@@ -140,6 +147,15 @@ def _open_log(path: Path) -> IO[bytes]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             return open(os.devnull, "ab")  # noqa: PTH123 - no path of ours
         raise
+
+
+def last_words(text: str) -> str:
+    """From the last traceback on, with those that led to it, or from the last dump of stacks; else the last lines."""
+    start = text.rfind(TRACEBACK)
+    while start > 0 and text[:start].rstrip().endswith(CHAINED) and (before := text.rfind(TRACEBACK, 0, start)) >= 0:
+        start = before
+    start = max([start, *(dump.start() for dump in DUMP.finditer(text))])
+    return text[start:] if start >= 0 else "\n".join(text.splitlines()[-5:])
 
 
 def await_end(children: list[Child], deadline: float) -> list[Child]:

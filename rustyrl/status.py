@@ -161,7 +161,7 @@ class StatusBoard:
             "pid": pid,
             "running": keeper.running,
             "incarnation": keeper.incarnation,
-            "restarts": len(keeper.past),
+            "restarts": keeper.restarts,
             "sps": self.sps(),
             "wait_share": None if wait is None else round(wait, 4),
             "silent_s": round(time.monotonic() - keeper.reported_at, 3) if keeper.reported_at else None,

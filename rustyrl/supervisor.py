@@ -16,7 +16,6 @@ from rustyrl.restarts import FROM_OUTSIDE, Restarts
 
 __all__ = ["Berth", "Death", "Supervisor"]
 
-EXPLAINED = (0, ContractError.exit_code)  # sent home, or a world that no other actor could go on with: not replaced
 LAST_WORDS_S = 0.3  # for a stuck actor to print where it is, before it is killed
 
 
@@ -27,6 +26,7 @@ class Berth:
     replaced: how often another process took its place
     restart_at: when the next process is due, None if none is
     heard_at: when the learner heard it last, or it was given the time to come
+    known: whether the present learner has heard it
     silent_at: when it was found to be silent for too long, None if it is not
     """
 
@@ -37,6 +37,7 @@ class Berth:
     replaced: int = 0
     restart_at: float | None = None
     heard_at: float = 0.0
+    known: bool = False
     silent_at: float | None = None
 
     @property
@@ -74,6 +75,7 @@ class Supervisor:
         restarts: int,
         window_s: float,
         lease_s: float = 60.0,
+        start_s: float = 60.0,
         seed: int = 0,
     ) -> None:
         self._start = start
@@ -81,6 +83,7 @@ class Supervisor:
         self._limit = restarts
         self._window_s = window_s
         self._lease_s = lease_s
+        self._start_s = max(start_s, lease_s)
         self._seed = seed
         self._failed: list[Death] = []  # starts, since the last turn
         self._worlds: dict[int, Restarts] = {}  # deaths with this world in hand, whoever had it
@@ -116,23 +119,25 @@ class Supervisor:
     def hear(self, present: set[int], silent: set[int]) -> None:
         """Take in which incarnations the learner hears (``present``), and which it gave up because it did not.
 
-        Who is ``silent``, or has not come to the learner in the time of a lease, is stuck or stopped, and ended.
+        Who is ``silent``, or has not come to the learner in the time that starting may take, is stuck or stopped, and
+        ended.
         """
         now = time.monotonic()
         for berth in self.berths:
             if berth.child is None or berth.silent_at is not None:
                 continue
             if berth.child.incarnation in present:
-                berth.heard_at = now
-            if berth.child.incarnation in silent or now - berth.heard_at > self._lease_s:
+                berth.heard_at, berth.known = now, True
+            limit_s = self._lease_s if berth.known else self._start_s  # imports take the time that they take
+            if berth.child.incarnation in silent or now - berth.heard_at > limit_s:
                 berth.silent_at = now
                 if hasattr(signal, "SIGUSR1"):
                     berth.child.signal(signal.SIGUSR1)  # have it print where it is; a stopped one cannot
 
     def await_hello(self) -> None:
-        """There is another learner, and everybody has the time of a lease to come to it."""
+        """There is another learner, and everybody has the time of a start to come to it."""
         for berth in self.berths:
-            berth.heard_at = time.monotonic()
+            berth.heard_at, berth.known = time.monotonic(), False
 
     def turn(self, *, replace: bool) -> list[Death]:
         """Start who is due, notice who ended since the last turn, and end who is stuck.
@@ -173,16 +178,17 @@ class Supervisor:
         if berth.child is not None:
             berth.child.close()
             berth.replaced += 1
-        berth.child, berth.heard_at, berth.silent_at = child, now, None
+        berth.child, berth.heard_at, berth.known, berth.silent_at = child, now, False, None
         return []
 
     def _bury(self, berth: Berth, child: Child, now: float, replace: bool) -> Death:
         code, tail, box = child.process.returncode, child.tail(), child.black_box
         silent = berth.silent_at is not None
-        expected = berth.leaving or code == 0
+        sent_home = code == 0 and (box is None or box.deed().idle)  # else a world ended the process
+        expected = berth.leaving or sent_home
         pause: float | None = None
         loop = ""
-        if not berth.leaving and code not in EXPLAINED and replace:
+        if not expected and code != ContractError.exit_code and replace:  # with that, no other actor could go on
             if code in FROM_OUTSIDE and not silent and box is not None and box.answered:  # it was well until then
                 pause = Restarts(1, 1.0).died(now)
             else:
@@ -193,7 +199,7 @@ class Supervisor:
         if silent:
             what = f"was killed: it had given no sign of life for {self._lease_s:.0f} s"
         lines = describe_deed(box, self._seed)
-        record = None if expected or not code else write_crash(self._crashes, child, what, lines, tail)
+        record = None if expected else write_crash(self._crashes, child, what, lines, tail)
         cause = "\n".join([f"{child.name} (process {child.pid}) {what}", *lines[:1], tail])
         return Death(berth.index, child, cause, expected, pause, loop, record)
 

@@ -51,8 +51,8 @@ def launch(
         Interrupts() as interrupts,
         RunFolder(Path(run) if run else new_run_path(config.run.env), resume=resume) as folder,
     ):
-        folder.write_inputs(config, spec)
         try:
+            _write_inputs(folder, config, spec)
             with progress:
                 return Launcher(config, spec, folder, progress, interrupts, resume=resume).run()
         except UsageError:  # nothing was trained: leave no folder that the next try would stumble over
@@ -60,6 +60,13 @@ def launch(
             raise
         except RunFailedError as error:
             raise RunFailedError(f"{error}\nlogs are in {folder.path / 'logs'}") from None
+
+
+def _write_inputs(folder: RunFolder, config: Config, spec: EnvironmentSpec) -> None:
+    try:
+        folder.write_inputs(config, spec)
+    except OSError as error:
+        raise UsageError(f"cannot write to the run folder {folder.path}: {error.strerror}") from None
 
 
 def _check(config: Config, spec: EnvironmentSpec, run: Path | None, resume: bool) -> None:

@@ -34,7 +34,10 @@ class Usage:
         self._looked_at = now
         self._processes = {pid: process for pid, process in self._processes.items() if pid in pids}
         self._figures = {pid: self._measure(pid) for pid in pids}
-        memory = psutil.virtual_memory()
+        try:
+            memory = psutil.virtual_memory()
+        except OSError:  # out of file descriptors
+            return
         self._machine = {
             "cores": available_cores(),
             "cpu_percent": psutil.cpu_percent(),
@@ -62,7 +65,7 @@ class Usage:
                     "memory_bytes": process.memory_info().rss,
                     "threads": process.num_threads(),
                 }
-        except psutil.Error:
+        except (psutil.Error, OSError):
             return {}
 
 

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
+from typer.testing import CliRunner
+
+from rustyrl.cli import app
+from rustyrl.errors import RunFailedError, UsageError
 
 WORLDS = Path(__file__).parent / "worlds"
+COUNTING = f"{WORLDS}/counting.py:Counting"
+SMALL = ("--set", "batch.worlds=4", "--set", "env.slots=4", "--set", "batch.unroll_length=16")
+ENDLESS = ("train", COUNTING, "--total-steps", "1000000000", "--json", *SMALL)
 DEADLINE_S = 60.0
 
 
@@ -29,20 +38,27 @@ def poll(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S
 class Cluster:
     """A ``rustyrl`` process that the test started, and the run folder that it writes."""
 
-    def __init__(self, run: Path, arguments: list[str], cwd: Path) -> None:
+    def __init__(self, run: Path, arguments: list[str], cwd: Path, environment: dict[str, str] | None = None) -> None:
         self.run = run
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", "from rustyrl.cli import main; main()", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=cwd,
-            text=True,
-        )
+        self._said = [cwd / f"{run.name}.{name}" for name in ("out", "err")]  # a pipe that nobody reads would fill up
+        with self._said[0].open("wb") as out, self._said[1].open("wb") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", "from rustyrl.cli import main; main()", *arguments],
+                stdout=out,
+                stderr=err,
+                cwd=cwd,
+                env=environment,
+            )
 
     def wait(self, deadline_s: float = 120.0) -> tuple[int, str, str]:
         """Exit code, standard output and standard error of the ended process."""
-        out, err = self.process.communicate(timeout=deadline_s)
-        return self.process.returncode, out, err
+        self.process.wait(deadline_s)
+        return self.process.returncode, *self.said()
+
+    def said(self) -> tuple[str, str]:
+        """Standard output and standard error so far."""
+        out, err = (path.read_text(errors="replace") for path in self._said)
+        return out, err
 
     def rows(self) -> list[dict[str, Any]]:
         """The complete rows of metrics.jsonl."""
@@ -73,10 +89,16 @@ class Cluster:
         """Processes of the run that still run."""
         return [p for p in self.children("rustyrl_") if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
+    def descriptors(self) -> int:
+        """How many file descriptors the launcher has open."""
+        return psutil.Process(self.process.pid).num_fds()
+
     def assert_gone(self) -> None:
         """No process and no socket is left of the run."""
-        poll(lambda: not self.orphans(), "no orphans", 5.0)
+        poll(lambda: not self.orphans(), "no orphans", 10.0)
         assert not list((self.run / "sockets").glob("*"))
+        control = json.loads((self.run / "cluster.json").read_text())["control"]
+        assert not Path(control.removeprefix("ipc://")).parent.exists()
 
     def kill(self) -> None:
         """Kill whatever is left."""
@@ -84,9 +106,6 @@ class Cluster:
             self.process.kill()
         for process in self.orphans():
             process.kill()
-        for stream in (self.process.stdout, self.process.stderr):
-            if stream is not None:
-                stream.close()
         self.process.wait(10)
 
 
@@ -97,4 +116,85 @@ def rustyrl(*arguments: str, cwd: Path | None = None) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-SMALL = ("--set", "batch.worlds=4", "--set", "env.slots=4", "--set", "batch.unroll_length=16")
+def verb(cluster: Cluster, *arguments: str) -> dict[str, Any]:
+    """What a verb prints as JSON, run in this process: an interpreter for each would take most of the time."""
+    done = CliRunner().invoke(app, [*arguments, "--run", str(cluster.run), "--json"])
+    if done.exception is not None:
+        raise done.exception
+    return json.loads(done.stdout)
+
+
+def await_status(
+    cluster: Cluster, condition: Callable[[dict[str, Any]], Any], what: str, deadline_s: float = DEADLINE_S
+) -> dict[str, Any]:
+    """The first status that meets a condition."""
+    status: dict[str, Any] = {}
+
+    def met() -> bool:
+        assert cluster.process.poll() is None, cluster.wait()
+        if not (cluster.run / "cluster.json").exists():
+            return False
+        status.clear()
+        try:
+            status.update(verb(cluster, "status"))
+        except (UsageError, RunFailedError) as error:
+            raise AssertionError(f"{error}\n{cluster.said()[1]}") from None
+        return bool(condition(status))
+
+    try:
+        poll(met, what, deadline_s)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{status}\n{cluster.said()[1]}") from None
+    return status
+
+
+def await_more(cluster: Cluster, versions: int) -> None:
+    """Wait until the run has got so much further."""
+    start = verb(cluster, "status")["learner"].get("version", 0)
+    await_status(cluster, lambda status: status["learner"].get("version", 0) >= start + versions, f"{versions} more")
+
+
+def await_learner(cluster: Cluster, incarnation: int) -> dict[str, Any]:
+    """Wait until this learner has trained a batch; the status then."""
+
+    def trains(status: dict[str, Any]) -> bool:
+        return status["learner"]["incarnation"] == incarnation and status["tickets"].get("trained", 0) > 0
+
+    return await_status(cluster, trains, f"learner {incarnation} to train")
+
+
+def contributing(status: dict[str, Any]) -> dict[int, int]:
+    """Worlds by index of the actors whose rollouts came in."""
+    return {actor["index"]: actor["worlds"] for actor in status["actors"] if actor["rollouts"]}
+
+
+def assert_balanced(account: dict[str, Any]) -> None:
+    """Every ticket of every learner is accounted for, in a status or a summary."""
+    for tickets in (account["tickets"], *(before["tickets"] for before in account["tickets_before"])):
+        rejected = sum(tickets["rejected"].values())
+        assert tickets["issued"] == tickets["trained"] + rejected + tickets["lost"] + tickets["outstanding"], tickets
+
+
+def end(cluster: Cluster) -> tuple[dict[str, Any], str]:
+    """Terminate the run: its summary, whose books balance, and what it said; nothing is left of it."""
+    cluster.process.send_signal(signal.SIGTERM)
+    code, out, err = cluster.wait()
+    assert code == 143, err
+    summary = json.loads(out)
+    assert_balanced(summary)
+    assert summary["tickets"]["trained"] > 0
+    cluster.assert_gone()
+    return summary, err
+
+
+@contextmanager
+def stopped(*processes: psutil.Process) -> Iterator[None]:
+    """Meanwhile, these processes stand still."""
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            if process.is_running():
+                process.resume()

@@ -14,9 +14,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
     """Start ``rustyrl VERB ... --run DIR``; everything is killed after the test."""
     clusters: list[Cluster] = []
 
-    def begin(*arguments: str, run: Path | None = None) -> Cluster:
+    def begin(*arguments: str, run: Path | None = None, environment: dict[str, str] | None = None) -> Cluster:
         run = run or tmp_path / f"run{len(clusters)}"
-        cluster = Cluster(run, [*arguments, "--run", str(run)], tmp_path)
+        cluster = Cluster(run, [*arguments, "--run", str(run)], tmp_path, environment)
         clusters.append(cluster)
         return cluster
 

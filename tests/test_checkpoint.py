@@ -108,6 +108,11 @@ def warned_of(caplog: pytest.LogCaptureFixture, path: Path) -> bool:
     return any(str(path) in r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
 
 
+def put_back(path: Path) -> None:
+    """A damaged checkpoint that was put aside."""
+    (path.parent / f"damaged-{path.name}").rename(path)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_bit_falls_back_to_the_checkpoint_before(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
@@ -123,6 +128,7 @@ def test_a_flipped_bit_falls_back_to_the_checkpoint_before(
             caplog.clear()
             assert loaded_version(tmp_path) == 1, (position, bit)
             assert warned_of(caplog, path)
+            put_back(path)
     (path / name).write_bytes(whole)
     assert loaded_version(tmp_path) == 2
 
@@ -139,6 +145,7 @@ def test_a_truncated_file_falls_back_to_the_checkpoint_before(
         caplog.clear()
         assert loaded_version(tmp_path) == 1, length
         assert warned_of(caplog, path)
+        put_back(path)
     (path / name).write_bytes(whole + b"\0")
     assert loaded_version(tmp_path) == 1
 
@@ -152,8 +159,29 @@ def test_a_missing_file_falls_back_to_the_checkpoint_before(tmp_path: Path, capl
         caplog.clear()
         assert loaded_version(tmp_path) == 1, file.name
         assert warned_of(caplog, path)
+        put_back(path)
         file.write_bytes(content)
     assert loaded_version(tmp_path) == 2
+
+
+def test_one_that_is_not_whole_is_put_aside_so_that_no_better_one_is_removed_for_it(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    for version in (7, 8, 9):
+        (write(tmp_path, version) / "manifest.json").unlink()
+    assert loaded_version(tmp_path) == 1
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["000000001"]
+    assert sorted(path.name for path in tmp_path.glob("damaged-*")) == [f"damaged-00000000{v}" for v in (7, 8, 9)]
+    write(tmp_path, 2)
+    prune(tmp_path, 1, set())
+    assert loaded_version(tmp_path) == 2
+
+
+def test_nothing_is_put_aside_if_nothing_is_whole(tmp_path: Path) -> None:
+    """Or the next try would start anew, in silence, over what somebody may still rescue."""
+    (write(tmp_path, 1) / "manifest.json").unlink()
+    for _ in range(2):
+        with pytest.raises(RunFailedError, match="none of the 1 checkpoints"):
+            loaded_version(tmp_path)
 
 
 def test_a_whole_checkpoint_is_loaded_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

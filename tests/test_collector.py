@@ -168,15 +168,22 @@ def test_a_second_hello_or_ready_changes_nothing(collector):
         assert len(thread.snapshot()["actors"]) == 1
 
 
-def test_an_index_is_given_once(collector):
-    _, receiver = collector
+def test_an_index_is_given_to_another_once_its_owner_is_known_to_be_dead(collector):
+    thread, receiver = collector
     peer = Peer(receiver.address, 3, 1)
     with peer.link, RolloutSender(receiver.address) as other:
         other.send(Hello(3, 8, 8, "elsewhere"))
+        poll(lambda: thread.snapshot()["refused_messages"] == {"index-taken": 1}, "the count")
+        thread.report_death(100 + peer.index)
+        poll(lambda: not thread.snapshot()["actors"], "it to be given up")
+        other.send(Lease())  # who was not answered asks again
         received = other.receive(10.0)
         assert received is not None
-        assert isinstance(received.message, Refusal)
-        assert "index 3" in received.message.reason
+        assert isinstance(received.message, Rejoin)
+        other.send(Hello(3, 8, 8, "elsewhere"))
+        received = other.receive(10.0)
+        assert received is not None
+        assert isinstance(received.message, Welcome)
 
 
 def test_an_actor_that_waits_although_it_owes_an_answer_is_lost_and_told(collector):

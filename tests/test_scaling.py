@@ -2,71 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import signal
-from collections.abc import Callable
-from typing import Any
-
 import psutil
 import pytest
-from clusters import SMALL, WORLDS, Cluster, poll, rustyrl
-from typer.testing import CliRunner
+from clusters import (
+    COUNTING,
+    ENDLESS,
+    SMALL,
+    Cluster,
+    await_more,
+    await_status,
+    contributing,
+    end,
+    rustyrl,
+    verb,
+)
 
-from rustyrl.cli import app
 from rustyrl.errors import UsageError
-
-COUNTING = f"{WORLDS}/counting.py:Counting"
-ENDLESS = ("train", COUNTING, "--total-steps", "1000000000", "--json", *SMALL)
-
-
-def verb(cluster: Cluster, *arguments: str) -> dict[str, Any]:
-    """What a verb prints as JSON, run in this process: an interpreter for each would take most of the time."""
-    done = CliRunner().invoke(app, [*arguments, "--run", str(cluster.run), "--json"])
-    if done.exception is not None:
-        raise done.exception
-    return json.loads(done.stdout)
-
-
-def await_status(cluster: Cluster, condition: Callable[[dict[str, Any]], Any], what: str) -> dict[str, Any]:
-    """The first status that meets a condition."""
-    status: dict[str, Any] = {}
-
-    def met() -> bool:
-        assert cluster.process.poll() is None, cluster.wait()
-        status.clear()
-        status.update(verb(cluster, "status"))
-        return bool(condition(status))
-
-    poll(met, what)
-    return status
-
-
-def await_more(cluster: Cluster, versions: int) -> None:
-    """Wait until the run has got so much further."""
-    cluster.await_version(cluster.rows()[-1]["policy_version"] + versions)
-
-
-def contributing(status: dict[str, Any]) -> dict[int, int]:
-    """Worlds by index of the actors whose rollouts came in."""
-    return {actor["index"]: actor["worlds"] for actor in status["actors"] if actor["rollouts"]}
 
 
 def lost(cluster: Cluster) -> int:
     return verb(cluster, "status")["tickets"]["lost"]
-
-
-def end(cluster: Cluster) -> tuple[dict[str, Any], str]:
-    """Terminate the run: its summary, whose books balance, and what it said; nothing is left of it."""
-    cluster.process.send_signal(signal.SIGTERM)
-    code, out, err = cluster.wait()
-    assert code == 143, err
-    summary = json.loads(out)
-    tickets = summary["tickets"]
-    rejected = sum(tickets["rejected"].values())
-    assert tickets["issued"] == tickets["trained"] + rejected + tickets["lost"] + tickets["outstanding"]
-    assert tickets["trained"] > 0
-    cluster.assert_gone()
-    return summary, err
 
 
 def test_a_cluster_is_scaled_while_it_trains_and_loses_nothing(start):

@@ -22,6 +22,7 @@ from rustyrl.wire import (
     Goodbye,
     HandOver,
     Hello,
+    Lease,
     Ready,
     Refusal,
     Rejoin,
@@ -106,6 +107,7 @@ def _answer_tickets(link: RolloutSender, fleet: Fleet, hello: Hello) -> None:
                     fleet.load(decode_weights_message(received.blob), header.policy_version)
             case TicketMessage() as message:
                 recording = fleet.answer(message.ticket, stages)
+                fleet.pulse.rest(answered=False)
                 with stages("encode"):
                     frame, blob = encode_rollout(recording.rollout)
                 with stages("send"):
@@ -119,7 +121,7 @@ def _answer_tickets(link: RolloutSender, fleet: Fleet, hello: Hello) -> None:
             case Rejoin():
                 log.info("the learner does not know this actor, or has a successor: joining anew")
                 fleet.follow(_join(link, hello))
-                link.send(Ready(fleet.fingerprint))
+                link.send(Ready(fleet.fingerprint), timeout_s=AWAY_S)
             case Goodbye():
                 log.info("the run is over")
                 link.send(Goodbye(), timeout_s=1.0)
@@ -305,9 +307,14 @@ def _join(link: RolloutSender, hello: Hello) -> Welcome:
     """Say hello and wait for the answer: the learner may still be starting. What came before it is of no account."""
     deadline = time.monotonic() + JOIN_S
     link.send(hello, timeout_s=JOIN_S)
+    asked = False
     while (left := deadline - time.monotonic()) > 0:
-        received = link.receive(left)
+        received = link.receive(min(left, LEASE_S))
         match received and received.message:
+            case None:  # a learner that died meanwhile took the hello with it: its successor answers this with Rejoin
+                asked = link.offer(Lease()) or asked
+            case Rejoin() if asked:
+                asked = not link.offer(hello)
             case Welcome() as welcome:
                 return welcome
             case Refusal(reason):
@@ -325,6 +332,6 @@ def _build_fleet(link: RolloutSender, welcome: Welcome, incarnation: int, pulse:
         link.send(Refusal(str(error)))
         raise
     pulse.rest(answered=False)
-    link.send(Ready(source.spec.fingerprint))
+    link.send(Ready(source.spec.fingerprint), timeout_s=AWAY_S)
     log.info("joined as actor %d: %s, fingerprint %s", welcome.index, welcome.env, source.spec.fingerprint)
     return Fleet(source, welcome, incarnation, pulse)

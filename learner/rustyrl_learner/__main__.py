@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -25,15 +27,16 @@ def main() -> int:
         return _doctor()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     with ControlClient(arguments.control) as control:
-        control.send({"kind": "hello"})
+        control.send({"kind": "hello", "pid": os.getpid()})
         try:
             return _run(arguments, control)
         except (UsageError, RunFailedError) as error:
             control.send({"kind": "failed", "message": str(error), "exit_code": error.exit_code})
             return error.exit_code
         except Exception as error:
-            traceback.print_exc()
             control.send({"kind": "failed", "message": f"{type(error).__name__}: {error}", "crashed": True})
+            with contextlib.suppress(OSError):  # the disk of the log may be full
+                traceback.print_exc()
             return 1
 
 

@@ -8,6 +8,7 @@ written under another name, synced and renamed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -28,6 +29,8 @@ __all__ = ["Counters", "Manifest", "list_checkpoints", "load_newest", "optimizer
 __all__ += ["restore_optimizer"]
 
 log = logging.getLogger(__name__)
+
+DAMAGED = "damaged-"  # before the name of a checkpoint that was put aside
 
 
 class Counters(msgspec.Struct, frozen=True):
@@ -101,23 +104,28 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def load_newest(
     folder: Path, fingerprint: str, warn: Callable[[str], None] = log.warning
 ) -> tuple[Manifest, dict[str, Tensor], Path] | None:
-    """The newest checkpoint whose bytes are as they were written; warns of each that is not.
+    """The newest checkpoint whose bytes are as they were written; warns of each that is not, and puts it aside.
 
     Raises:
         RunFailedError: there are checkpoints but none is whole, or they are of another environment.
     """
-    found = list_checkpoints(folder)
+    found, damaged = list_checkpoints(folder), []
     for path in reversed(found):
         try:
             manifest, data = _read(path)
         except (OSError, ValueError) as error:
             warn(f"checkpoint {path} is not whole ({error}), trying the one before")
+            damaged.append(path)
             continue
         if manifest.fingerprint != fingerprint:
             raise RunFailedError(
                 f"checkpoint {path} is of environment {manifest.fingerprint}, this run's is {fingerprint}: resume "
                 "with the same environment and parameters, or start from its policy with --init"
             )
+        for other in damaged:  # or they would pass for the newest, and better ones be removed for them
+            shutil.rmtree(folder / f"{DAMAGED}{other.name}", ignore_errors=True)
+            with contextlib.suppress(OSError):
+                other.rename(folder / f"{DAMAGED}{other.name}")
         return manifest, load_tensors(data["learner.safetensors"]), path
     if found:
         raise RunFailedError(f"none of the {len(found)} checkpoints in {folder} is whole; see the log")

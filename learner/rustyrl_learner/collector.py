@@ -257,7 +257,7 @@ class Collector:
         if index < 0:
             index = next(i for i in range(FIRST_BY_HAND, FIRST_BY_HAND + len(taken) + 1) if i not in taken)
         elif index in taken:
-            self._receiver.send(peer, Refusal(f"there is an actor with index {index} already"))
+            self._count_stranger("index-taken")  # by one that died, as is about to be told: this one asks again
             return
         now = time.monotonic()
         self._silent.discard(hello.incarnation)
@@ -428,10 +428,12 @@ class Collector:
         if now - before > 2 * POLL_S:  # this process stood still, and what they said meanwhile is still to be read
             for actor in self._actors.values():
                 actor.seen = min(now, actor.seen + now - before)  # who was heard just now already stands at now
-        limit = now - self._config.cluster.lease_s
-        for peer, actor in [(p, a) for p, a in self._actors.items() if a.seen < limit]:
-            self._silent.add(actor.hello.incarnation)
-            self._lose(peer, f"silent for {self._config.cluster.lease_s:.0f} s")
+        lease_s = self._config.cluster.lease_s
+        start_s = max(lease_s, self._config.cluster.start_deadline_s)  # before it is ready it imports its world
+        late = [p for p, a in self._actors.items() if now - a.seen > (lease_s if a.ready else start_s)]
+        for peer in late:
+            self._silent.add(self._actors[peer].hello.incarnation)
+            self._lose(peer, f"silent for {now - self._actors[peer].seen:.0f} s")
 
     def _probe(self) -> None:
         """Let every actor hear from time to time that this learner lives; whose connection is gone is lost."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import time
+from pathlib import Path
 
 import esper
 import gymnasium
@@ -20,6 +22,56 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     raise_at: int = 0
     nan_at: int = 0
     sleep_ms: float = 0.0
+    deeds: str = ""  # a folder, see `do_deeds`
+
+
+HOARD: list[np.ndarray] = []  # what a world that eats memory never lets go
+
+
+def do_deeds(folder: Path, index: int) -> None:
+    """Do what the test asks for by the names of files: ``DEED`` once, by whoever finds it first.
+
+    ``DEED@w3`` is done by world 3, ``DEED@p77`` by process 77, each time they step while the file is there.
+    """
+    for name in [path.name for path in folder.iterdir()]:
+        deed, at, who = name.partition("@")
+        if at and who not in (f"w{index}", f"p{os.getpid()}", "all"):
+            continue
+        if not at:
+            try:
+                (folder / name).unlink()
+            except FileNotFoundError:  # another was faster
+                continue
+        do(deed)
+
+
+def do(deed: str) -> None:
+    match deed.partition("-"):
+        case ("exit", _, code):
+            os._exit(int(code))
+        case ("leave", _, code):
+            raise SystemExit(int(code))
+        case ("raise", _, _):
+            raise ZeroDivisionError("the world of the test fell over")
+        case ("segfault", _, _):
+            ctypes.string_at(0)
+        case ("spin", _, _):
+            spin_for_ever()
+        case ("sleep", _, _):
+            time.sleep(1e6)
+        case ("slow", _, milliseconds):
+            time.sleep(int(milliseconds) / 1000)
+        case ("print", _, _):
+            print("what a world has to say")
+        case ("hoard", _, megabytes):
+            HOARD.append(np.ones(int(megabytes) << 17))
+        case _:
+            raise ValueError(f"no deed {deed!r}")
+
+
+def spin_for_ever() -> None:
+    while True:
+        pass
 
 
 class CountingProcessor(esper.Processor):
@@ -34,6 +86,8 @@ class CountingProcessor(esper.Processor):
             time.sleep(self._clock.random() * parameters.sleep_ms / 1000)
         if world.ticks == parameters.raise_at:
             raise ZeroDivisionError("the world of the test fell over")
+        if parameters.deeds:
+            do_deeds(Path(parameters.deeds), world.index)
         world.position += world.agent.action[:, 0] * 0.1
         world.agent.reward[:] = 1 - np.abs(world.position - world.target)
         if world.ticks == parameters.nan_at:
@@ -61,6 +115,7 @@ class Counting:
         )
         self.parameters = parameters
         self.ticks = 0
+        self.index = -1
         self.position = np.zeros(slots, np.float32)
         self.target = np.zeros(slots, np.float32)
         self.agent = Agent()
@@ -71,6 +126,7 @@ class Counting:
         return self.agent
 
     def reset(self, rows: np.ndarray, rng: SlotDraws) -> None:
+        self.index = rng.generators[0].bit_generator.seed_seq.entropy[1]  # of (run seed, world, batch, slot)
         self.position[rows] = rng.uniform(-1, 1)
         self.target[rows] = rng.uniform(-1, 1)
 
