@@ -523,6 +523,8 @@ def test_after_the_receive_thread_stood_still_nobody_is_given_up_for_it(patient,
     peer, other = Peer(receiver.address, 0, 1), Peer(receiver.address, 1, 2)
     with peer.link, other.link:
         peer.ready()
+        other.ready()
+        poll(lambda: all(actor["ready"] for actor in thread.snapshot()["actors"]), "both")
         pass_time(thread, clock, 10.0)
         clock.added_s += 1000.0
         peer.link.send(Lease(1))

@@ -177,6 +177,7 @@ def test_who_trained_on_and_was_ended_from_outside_may_be_so_as_often_as_one_lik
     post.keeper.start()
     for count in range(5):
         post.checkpoint = f"checkpoint {count}"
+        post.report(version=10 * count)
         post.report(version=10 * (count + 1))
         post.child.process.send_signal(number)
         death = post.await_death()
@@ -189,6 +190,7 @@ def test_who_is_ended_from_outside_before_it_trained_is_counted(post, version):
     """As the kernel does for want of memory: another would fare no better."""
     post.keeper.start()
     if version is not None:
+        post.report(0)
         post.report(version)
         post.kill()
         post.checkpoint = "checkpoint 10"
