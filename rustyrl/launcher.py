@@ -7,38 +7,34 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rustyrl.autoscale import AutoScale, Reading, parse_range
-from rustyrl.black_box import BlackBox
 from rustyrl.channels import ControlServer, loopback_address
 from rustyrl.config import Config
+from rustyrl.crew import Crew, idle_note
 from rustyrl.errors import RunFailedError, UsageError
 from rustyrl.goal import goal_conditions
 from rustyrl.interrupts import Interrupts
 from rustyrl.judge import Candidate, Judge
 from rustyrl.learner_keeper import LearnerDeath, LearnerKeeper
 from rustyrl.logs import LogKeeper
-from rustyrl.processes import Child, available_cores, await_end, start_child
+from rustyrl.processes import Child, await_end, start_child
 from rustyrl.progress import Progress
 from rustyrl.run_folder import ClusterFile, RunFolder, read_best
 from rustyrl.spec import EnvironmentSpec
 from rustyrl.status import StatusBoard
-from rustyrl.supervisor import Death, Supervisor
+from rustyrl.summary import summarize
 
 if TYPE_CHECKING:
     from rustyrl.exporter import Exporter
 
-__all__ = ["Launcher", "default_actors"]
+__all__ = ["Launcher"]
 
 TURN_S = 0.1  # the longest wait of the loop: signals and limits are looked at so often
-MAX_ACTORS = 1000
 RUNNING = ("running", "paused")
-ALONE_S = 10.0  # how long a learner whose actors have all ended well may take to say why
 # How the grace of a stop, cluster.stop_s, is shared out; the rest is for killing.
 UPDATE_SHARE, GOODBYE_SHARE, TERMINATE_SHARE = 0.7, 0.1, 0.1
 
@@ -67,35 +63,23 @@ class Launcher:
         self._learner = LearnerKeeper(
             self._start_learner, self._newest_checkpoint, crashes, limit, window_s, folder.next_incarnation()
         )
-        self._supervisor = Supervisor(
-            self._start_actor,
-            crashes,
-            limit,
-            window_s,
-            lease_s=cluster.lease_s,
-            start_s=cluster.start_deadline_s,
-            seed=config.run.seed,
-        )
-        self._supervisor.wanted = default_actors() if cluster.actors < 0 else cluster.actors
+        self._crew = Crew(config, folder, self._learner, progress, self._order)
         self._judge = Judge(config, goal_conditions(config.run, spec), folder.path / "logs" / "evaluate.log")
         self._judge.best = read_best(folder.path) if resume else None
-        self._board = StatusBoard(folder.path, config, spec, self._learner, self._supervisor, self._judge)
+        self._board = StatusBoard(folder.path, config, spec, self._learner, self._crew.supervisor, self._judge)
         self._logs = LogKeeper(folder.path / "logs")
-        self._auto: AutoScale | None = parse_range(cluster.auto) if cluster.auto else None
         self._state = "starting"
         self._paused = False
         self._stop_reason: str | None = None
         self._stop_asked = 0
         self._kill_at: float | None = None
         self._failure: RunFailedError | UsageError | None = None
-        self._control_address = ""
+        self._control: ControlServer
         listen = config.cluster.listen
         self._listen = folder.socket_address("link") if listen == "ipc" else loopback_address(listen)
         self._link = ""
-        self._dead: list[int] = []  # incarnations of actors
         self._awaiting_checkpoint: list[bytes] = []  # who asked for one
         self._exporter: Exporter | None = None
-        self._alone_since: float | None = None
         self._started_at = time.time()
 
     def run(self) -> dict[str, Any]:
@@ -105,16 +89,16 @@ class Launcher:
             UsageError: what was asked for cannot be had (a port in use, CUDA absent, ...).
             RunFailedError: the run ended badly, with the cause.
         """
-        with ControlServer(self._folder.socket_address("control")) as control, self._open_exporter() as self._exporter:
-            self._control_address = control.address
+        control = ControlServer(self._folder.socket_address("control"))
+        with control as self._control, self._open_exporter() as self._exporter:
             ended = "failed"
             try:
                 self._start()
                 while not self._over():
-                    self._turn(control)
+                    self._turn()
                 self._enter("stopping")
-                self._bring_down(control)
-                summary = self._finish(control)
+                self._bring_down()
+                summary = self._finish()
                 ended = "finished"
             finally:
                 for child in self._children():
@@ -136,13 +120,13 @@ class Launcher:
         return exporter
 
     def _children(self) -> list[Child]:
-        actors, learner = self._supervisor.children, self._learner.child
+        actors, learner = self._crew.supervisor.children, self._learner.child
         return actors if learner is None else [learner, *actors]
 
     # Starting
 
     def _start(self) -> None:
-        config, actors = self._config, self._supervisor.wanted
+        config, actors = self._config, self._crew.supervisor.wanted
         if config.batch.max_policy_lag > 1:
             self._progress.say(
                 f"note: --max-policy-lag {config.batch.max_policy_lag} is not corrected for (V-trace is not there yet);"
@@ -154,16 +138,11 @@ class Launcher:
         self._learner.start()
         if self._listen.startswith("ipc:"):  # the address is known, so they start while the learner imports torch
             self._link = self._listen
-            self._supervisor.scale(actors, self._retire)
+            self._crew.begin(self._link)
 
     def _start_learner(self, incarnation: int) -> Child:
         """Start a learner: the first, or one that follows another on the same address."""
-        cluster, supervisor = self._config.cluster, self._supervisor
         first = self._learner.child is None
-        self._dead.clear()  # none of those can come to this one
-        expect = supervisor.wanted if first else sum(berth.running for berth in supervisor.berths)
-        if first and cluster.expect >= 0:
-            expect = cluster.expect
         return start_child(
             "learner",
             [
@@ -172,36 +151,18 @@ class Launcher:
                 "--run",
                 str(self._folder.path),
                 "--control",
-                self._control_address,
+                self._control.address,
                 "--listen",
                 self._listen if first else self._link or self._listen,
                 "--incarnation",
                 str(incarnation),
                 "--expect",
-                str(max(1, expect)),
+                str(max(1, self._crew.expected())),
                 *(["--resume"] if self._resume or not first else []),
             ],
             self._folder.path / "logs" / "learner.log",
             actor=False,
         )
-
-    def _start_actor(self, index: int) -> Child:
-        incarnation, box = secrets.randbits(62), BlackBox.create()
-        arguments = ["--join", self._link, "--index", str(index), "--incarnation", str(incarnation)]
-        try:
-            return start_child(
-                f"actor {index}",
-                ["rustyrl_actors", "run", *arguments],
-                self._folder.path / "logs" / f"actor-{index}.log",
-                actor=True,
-                black_box=box,
-                incarnation=incarnation,
-                niceness=self._config.cluster.actor_niceness,
-            )
-        except OSError:
-            if box is not None:
-                box.close()
-            raise
 
     def _newest_checkpoint(self) -> str:
         newest = self._folder.newest_policy()
@@ -209,17 +170,17 @@ class Launcher:
 
     # Running
 
-    def _turn(self, control: ControlServer) -> None:
+    def _turn(self) -> None:
         """One turn of the loop: hear, watch, judge, scale, look at the limits, show."""
         watched = [child for child in self._children() if not child.ended_seen]
         descriptors = [child.descriptor for child in watched if child.descriptor >= 0]
-        for peer, message in control.receive(TURN_S, descriptors):
-            self._hear(control, peer, message)
-        self._watch_actors(control)
-        self._watch_learner(control)
-        self._judge_candidates(control)
-        self._scale_by_wait(control)
-        self._check_limits(control)
+        for peer, message in self._control.receive(TURN_S, descriptors):
+            self._hear(peer, message)
+        self._watch_actors()
+        self._watch_learner()
+        self._judge_candidates()
+        self._crew.scale_by_wait(running=self._state == "running")
+        self._check_limits()
         self._logs.turn()
         self._show()
 
@@ -230,34 +191,35 @@ class Launcher:
             self._exporter.offer(self._status)
 
     def _status(self) -> dict[str, Any]:
-        auto = None if self._auto is None else {"lowest": self._auto.lowest, "highest": self._auto.highest}
-        return self._board.status(self._state, auto)
+        auto = self._crew.auto
+        bounds = None if auto is None else {"lowest": auto.lowest, "highest": auto.highest}
+        return self._board.status(self._state, bounds)
 
-    def _hear(self, control: ControlServer, peer: bytes, message: dict[str, Any]) -> None:
+    def _hear(self, peer: bytes, message: dict[str, Any]) -> None:
         """Take in what the learner says, or answer a verb. Only the learner's own process is believed to be it."""
         learner, kind = self._learner, message.get("kind")
         if kind == "hello" and learner.child is not None and message.get("pid") == learner.child.pid:
             learner.peer = peer
-            self._order(control, {"kind": "judging", "versions": self._judge.pending})
-            self._order(control, {"kind": "pause", "paused": self._paused})
+            self._order({"kind": "judging", "versions": self._judge.pending})
+            self._order({"kind": "pause", "paused": self._paused})
         elif peer == learner.peer:
-            self._hear_learner(control, message)
+            self._hear_learner(message)
         elif kind == "checkpoint" and self._state in RUNNING:  # answered once it is written
             self._awaiting_checkpoint.append(peer)
-            self._order(control, {"kind": "checkpoint"})
+            self._order({"kind": "checkpoint"})
         else:
-            control.send(peer, self._answer(control, message))
+            self._control.send(peer, self._answer(message))
 
-    def _hear_learner(self, control: ControlServer, message: dict[str, Any]) -> None:
+    def _hear_learner(self, message: dict[str, Any]) -> None:
         """Take in what the learner says."""
         match message.get("kind"):
             case "listening":
-                self._begin(control, str(message["address"]))
+                self._begin(str(message["address"]))
             case "report":
                 self._learner.take_report(message)
                 self._board.take_report(message)
                 present = {actor["incarnation"] for actor in message["actors"]}
-                self._supervisor.hear(present, set(message["silent"]))
+                self._crew.supervisor.hear(present, set(message["silent"]))
             case "candidate":
                 self._judge.add(Candidate(message["version"], Path(message["policy"])))
             case "say":
@@ -266,23 +228,20 @@ class Launcher:
                 answer: dict[str, Any] = {"version": message["version"], "checkpoint": message["path"]}
                 if message["problem"]:
                     answer = failure(f"the checkpoint could not be written: {message['problem']}")
-                self._answer_askers(control, answer)
+                self._answer_askers(answer)
             case "done" | "failed":
                 self._hear_last(message)
 
-    def _begin(self, control: ControlServer, link: str) -> None:
+    def _begin(self, link: str) -> None:
         """The learner listens: tell it what it missed, and start the actors if they wait for the address."""
         self._link = link
         self._learner.listening = self._learner.listened = True
-        for incarnation in self._dead:
-            self._order(control, {"kind": "actor_died", "incarnation": incarnation})
-        self._supervisor.await_hello()
+        self._crew.greet_learner()
         if self._stop_reason is not None:
             return
         self._enter("paused" if self._paused else "running")
-        if not self._supervisor.berths:
-            self._supervisor.scale(self._supervisor.wanted, self._retire)
-        if not self._supervisor.wanted:
+        self._crew.begin(link)
+        if not self._crew.supervisor.wanted:
             self._progress.say(f"listening on {link}: rustyrl actor --join {link}")
 
     def _hear_last(self, message: dict[str, Any]) -> None:
@@ -302,7 +261,7 @@ class Launcher:
             self._kill_at = self._kill_at or time.monotonic() + self._config.cluster.stop_s * UPDATE_SHARE
             self._stop_reason = self._stop_reason or message["reason"]
 
-    def _answer(self, control: ControlServer, request: dict[str, Any]) -> dict[str, Any]:
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """What a verb is answered."""
         match request.get("kind"):
             case "status":
@@ -310,95 +269,26 @@ class Launcher:
             case "pause" | "unpause" | "checkpoint" | "scale" | "relieve" if self._state not in RUNNING:
                 return {"error": f"the run is {self._state}; it takes that while it is running"}
             case "scale":
-                return self._answer_scale(control, request)
+                return self._crew.answer_scale(request)
             case "relieve":
-                return self._relieve(control, request.get("index"))
+                return self._crew.answer_relieve(request.get("index"))
             case "pause" | "unpause" as kind:
                 self._paused = kind == "pause"
-                self._order(control, {"kind": "pause", "paused": self._paused})
+                self._order({"kind": "pause", "paused": self._paused})
                 self._enter("paused" if self._paused else "running")
                 return {"state": self._state, "run": str(self._folder.path)}
             case "stop":
                 self._stop_asked += 1
-                self._request_stop(control, "stop")
+                self._request_stop("stop")
                 return {"stopping": True, "run": str(self._folder.path)}
             case other:
                 return {"error": f"unknown request {other!r}"}
 
-    def _answer_askers(self, control: ControlServer, answer: dict[str, Any]) -> None:
+    def _answer_askers(self, answer: dict[str, Any]) -> None:
         """Tell who asked for a checkpoint how that went."""
         for asker in self._awaiting_checkpoint:
-            control.send(asker, answer)
+            self._control.send(asker, answer)
         self._awaiting_checkpoint.clear()
-
-    # Scaling
-
-    def _answer_scale(self, control: ControlServer, request: dict[str, Any]) -> dict[str, Any]:
-        """Have another number of actors, or have it follow the learner's wait from now on."""
-        before, worlds = self._supervisor.wanted, self._config.batch.worlds
-        try:
-            if request.get("auto"):
-                self._auto = parse_range(str(request["auto"]))
-                wanted = min(max(before, self._auto.lowest), self._auto.highest)
-            else:
-                wanted = parse_count(str(request.get("actors")), before)
-                self._auto = None
-        except UsageError as error:
-            return {"error": str(error)}
-        note = self._scale(control, wanted, now=bool(request.get("now")))
-        return {"before": before, "actors": wanted, "worlds": worlds, "note": note}
-
-    def _scale(self, control: ControlServer, wanted: int, *, now: bool = False) -> str:
-        """Have so many actors; what is worth knowing about that."""
-        before, worlds = self._supervisor.wanted, self._config.batch.worlds
-        present = {actor["incarnation"] for actor in self._learner.report.get("actors", []) if actor["ready"]}
-
-        def retire(child: Child) -> None:
-            if child.incarnation in present and not now:
-                self._order(control, {"kind": "retire", "incarnation": child.incarnation})
-            else:
-                child.kill()
-
-        self._supervisor.scale(wanted, retire)
-        for berth in self._supervisor.berths if now else []:
-            if berth.leaving and berth.child is not None:  # one that was to finish its tickets, too
-                berth.child.kill()
-        note = ""
-        if wanted > worlds:
-            note = idle_note(wanted, worlds)
-        elif not wanted:
-            note = "no actor of this machine is left; training waits for actors that join by hand, or for scale N"
-        self._progress.say(f"scaled from {before} to {wanted} actors{': ' + note if note else ''}")
-        return note
-
-    def _scale_by_wait(self, control: ControlServer) -> None:
-        """Let the number of actors follow the learner's wait, if that was asked for."""
-        report = self._learner.report
-        if self._auto is None or not report:
-            return
-        if self._state != "running":
-            self._auto.interrupt()
-            return
-        wanted = self._auto.decide(self._supervisor.wanted, Reading.of(report, self._learner.reported_at))
-        if wanted is not None and wanted != self._supervisor.wanted:
-            self._scale(control, wanted)
-
-    def _relieve(self, control: ControlServer, index: Any) -> dict[str, Any]:
-        """Give the worlds of one actor to the others."""
-        actors = [actor for actor in self._learner.report.get("actors", []) if actor["ready"]]
-        found = next((actor for actor in actors if actor["index"] == index), None)
-        if found is None:
-            known = ", ".join(str(actor["index"]) for actor in actors)
-            return {"error": f"there is no actor {index!r} to relieve; expected one of {known or 'none'}"}
-        if found["relieved"]:
-            return {"error": f"actor {index} is relieved already"}
-        if all(actor["relieved"] or actor is found for actor in actors):
-            return {"error": f"nobody else is there to take the worlds of actor {index}; rustyrl scale +1 starts one"}
-        self._order(control, {"kind": "relieve", "incarnation": found["incarnation"]})
-        return {"index": index, "worlds": found["worlds"]}
-
-    def _retire(self, child: Child) -> None:
-        child.kill()  # nothing was given to it yet
 
     # Watching
 
@@ -407,69 +297,31 @@ class Launcher:
         """Whether what dies is to be replaced."""
         return self._failure is None and self._stop_reason is None and not self._learner.done
 
-    def _watch_actors(self, control: ControlServer) -> None:
+    def _watch_actors(self) -> None:
         """Notice actors that ended by themselves."""
-        for death in self._supervisor.turn(replace=self._going_on):
-            if death.child is not None:
-                self._dead.append(death.child.incarnation)
-                self._order(control, {"kind": "actor_died", "incarnation": death.child.incarnation})
-            if not death.expected and self._stop_reason is None:
+        for death in self._crew.turn(replace=self._going_on):
+            if self._stop_reason is None:
                 self._board.take_death(death)
-                self._mourn(death)
+                self._failure = self._crew.mourn(death) or self._failure
         if self._going_on:
-            self._check_actors_left()
+            self._failure = self._crew.nobody_left()
 
-    def _mourn(self, death: Death) -> None:
-        """Say what an actor died of, and end the run if it keeps dying."""
-        if death.loop:
-            cluster = self._config.cluster
-            self._failure = RunFailedError(
-                f"{death.loop} died {cluster.restarts + 1} times within {cluster.restart_window_s:.0f} s; at last, "
-                f"{death.cause}"
-            )
-        elif death.restart_in_s is None:
-            self._progress.say(death.cause)
-        else:
-            alive = sum(berth.running for berth in self._supervisor.berths)
-            others = f"{alive} others go on" if alive else "training waits for it"
-            see = f"; see {death.record}" if death.record else ""
-            self._progress.say(f"{death.cause}\na new one starts in {death.restart_in_s:.2g} s, {others}{see}")
-
-    def _check_actors_left(self) -> None:
-        """Fail when every actor has ended for good, and nobody joined by hand."""
-        supervisor = self._supervisor
-        if not supervisor.wanted or len(supervisor.berths) < supervisor.wanted or supervisor.any_running:
-            self._alone_since = None
-            return
-        ours = {child.incarnation for child in supervisor.children}
-        others = [a for a in self._learner.report.get("actors", []) if a["ready"] and a["incarnation"] not in ours]
-        if others or not self._learner.listening:
-            return
-        self._alone_since = self._alone_since or time.monotonic()
-        if time.monotonic() - self._alone_since < ALONE_S:
-            return  # those sent home ended with 0, a world that broke its contract was reported: the learner says why
-        last = supervisor.children[-1]
-        code, tail = last.process.returncode, last.tail()
-        self._failure = RunFailedError(f"no actor is left; {last.name} ended with code {code}:\n{tail}")
-
-    def _watch_learner(self, control: ControlServer) -> None:
+    def _watch_learner(self) -> None:
         """Notice a learner that ended before its time, and go on with its successor."""
         if self._learner.child is not None and not self._learner.running and not self._learner.child.ended_seen:
-            for peer, message in list(control.receive(0, [])):  # what it said last
-                self._hear(control, peer, message)
+            for peer, message in list(self._control.receive(0, [])):  # what it said last
+                self._hear(peer, message)
         incarnation = self._learner.incarnation
         death = self._learner.turn(replace=self._going_on)
         if death is not None:
-            self._mourn_learner(control, death)
+            self._mourn_learner(death)
         elif self._learner.incarnation != incarnation:
             self._enter("recovering")
 
-    def _mourn_learner(self, control: ControlServer, death: LearnerDeath) -> None:
+    def _mourn_learner(self, death: LearnerDeath) -> None:
         self._board.take_crash(death.cause, death.record)
-        self._answer_askers(control, failure("the learner died before the checkpoint was written"))
-        for berth in self._supervisor.berths:
-            if berth.leaving and berth.child is not None:  # it was the learner that would have sent them home
-                berth.child.kill()
+        self._answer_askers(failure("the learner died before the checkpoint was written"))
+        self._crew.mourn_learner()
         if death.restart_in_s is None or not self._learner.listened:
             self._failure = RunFailedError(f"{death.loop}{'; at last, ' if death.loop else ''}{death.cause}")
             return
@@ -482,24 +334,24 @@ class Launcher:
         newest = self._newest_checkpoint()
         return f"; the last good checkpoint is {newest}" if newest else "; there is no checkpoint yet"
 
-    def _check_limits(self, control: ControlServer) -> None:
+    def _check_limits(self) -> None:
         if self._interrupts.count and self._stop_reason is None:
-            self._request_stop(control, self._interrupts.reason)
+            self._request_stop(self._interrupts.reason)
         limit_s = self._config.run.max_seconds
         if limit_s and self._board.seconds >= limit_s and self._stop_reason is None:
-            self._request_stop(control, "max_seconds")
+            self._request_stop("max_seconds")
 
-    def _request_stop(self, control: ControlServer, reason: str) -> None:
+    def _request_stop(self, reason: str) -> None:
         self._stop_reason = self._stop_reason or reason
         self._enter("stopping")
         self._kill_at = self._kill_at or time.monotonic() + self._config.cluster.stop_s * UPDATE_SHARE
-        self._order(control, {"kind": "stop", "reason": reason})
+        self._order({"kind": "stop", "reason": reason})
         if self._learner.child is not None and self._learner.peer is None:
             self._learner.child.kill()  # it is still importing and has nothing to save
 
-    def _order(self, control: ControlServer, order: dict[str, Any]) -> None:
+    def _order(self, order: dict[str, Any]) -> None:
         if self._learner.peer is not None:
-            control.send(self._learner.peer, order)
+            self._control.send(self._learner.peer, order)
 
     def _enter(self, state: str) -> None:
         """Be in another state, and have others know it."""
@@ -510,7 +362,7 @@ class Launcher:
                     env=self._spec.env,
                     state=state,
                     pid=os.getpid(),
-                    control=self._control_address,
+                    control=self._control.address,
                     link=self._link,
                     incarnation=self._learner.incarnation,
                     started=self._started_at,
@@ -526,33 +378,33 @@ class Launcher:
             return True
         return not self._learner.running and (self._learner.done or self._stop_reason is not None)
 
-    def _judge_candidates(self, control: ControlServer) -> None:
+    def _judge_candidates(self) -> None:
         """Let the judge go on; the first version to meet the goal is kept and ends the run."""
         if self._stop_reason is not None:
             return
         try:
             ended = self._judge.turn()
             if ended is not None:
-                self._keep_verdict(control, ended)
+                self._keep_verdict(ended)
         except RunFailedError as error:
             self._failure = self._failure or error
         except OSError as error:
             self._failure = self._failure or RunFailedError(f"an evaluation came to nothing: {error}")
 
-    def _keep_verdict(self, control: ControlServer, ended: Candidate) -> None:
+    def _keep_verdict(self, ended: Candidate) -> None:
         """Tell the learner of an evaluation that has ended, and keep what it found."""
         order: dict[str, Any] = {"kind": "evaluated", "version": ended.version}
         if self._judge.best is not None:
             self._folder.write_best(self._judge.best)
             order["best"] = self._judge.best.version
-        self._order(control, order)
+        self._order(order)
         if self._judge.confirmed is ended:
             self._folder.install_policy(ended.policy)
-            self._request_stop(control, "goal")
+            self._request_stop("goal")
 
     # Ending
 
-    def _bring_down(self, control: ControlServer) -> None:
+    def _bring_down(self) -> None:
         """End what still runs: by goodbye, then by SIGTERM, then by SIGKILL, within the grace."""
         children = self._children()
         if self._interrupts.count > 1:
@@ -564,11 +416,11 @@ class Launcher:
         left = await_end(left, time.monotonic() + self._config.cluster.stop_s * TERMINATE_SHARE)
         if self._learner.child in left and self._failure is None:
             self._progress.say("the learner did not end its update in time and is killed; the newest checkpoint stands")
-        for peer, message in list(control.receive(0, [])):
-            self._hear(control, peer, message)
-        self._answer_askers(control, failure("the run ended before the checkpoint was written"))
+        for peer, message in list(self._control.receive(0, [])):
+            self._hear(peer, message)
+        self._answer_askers(failure("the run ended before the checkpoint was written"))
 
-    def _finish(self, control: ControlServer) -> dict[str, Any]:
+    def _finish(self) -> dict[str, Any]:
         """Install the policy that is kept, evaluate it, write the summary."""
         confirmed, newest = self._judge.confirmed, self._folder.newest_policy()
         version = confirmed.version if confirmed else 0
@@ -581,34 +433,25 @@ class Launcher:
             reason = self._stop_reason or self._interrupts.reason or "stop"
             evaluation = None
             if reason not in ("stop", "interrupt", "terminate"):
-                evaluation = self._final_evaluation(control)
+                evaluation = self._final_evaluation()
                 if self._interrupts.count:
                     reason = self._interrupts.reason
-            summary = self._summarize(reason, version, evaluation)
+            summary = summarize(
+                self._spec.env,
+                str(self._folder.path),
+                self._board.seconds,
+                version,
+                reason,
+                evaluation,
+                self._learner,
+                self._board.actor_restarts,
+            )
             self._folder.write_summary(summary)
         except OSError as error:
             raise self._failure or RunFailedError(f"the run's results could not be written: {error}") from None
         return summary
 
-    def _summarize(self, reason: str, version: int, evaluation: dict[str, Any] | None) -> dict[str, Any]:
-        report = self._learner.report
-        return {
-            "env": self._spec.env,
-            "run": str(self._folder.path),
-            "steps": report.get("steps", 0),
-            "seconds": round(self._board.seconds, 3),
-            "trained_sps": round(report.get("trained_sps", 0.0), 1),
-            "policy_version": version,
-            "stopped_by": reason,
-            "bottleneck": bottleneck(report.get("stages_s", {})),
-            "eval": evaluation,
-            "tickets": report.get("tickets", {}),
-            "tickets_before": self._learner.past,
-            "learner_restarts": self._learner.restarts,
-            "actor_restarts": self._board.actor_restarts,
-        }
-
-    def _final_evaluation(self, control: ControlServer) -> dict[str, Any] | None:
+    def _final_evaluation(self) -> dict[str, Any] | None:
         """Judge the policy that is kept, on seeds that nothing was chosen by."""
         policy = self._folder.path / "policy.safetensors"
         if not policy.exists():
@@ -618,48 +461,14 @@ class Launcher:
         seen, stopped = self._interrupts.count, self._stop_asked
 
         def meanwhile() -> bool:
-            for peer, message in control.receive(TURN_S, []):
-                self._hear(control, peer, message)
+            for peer, message in self._control.receive(TURN_S, []):
+                self._hear(peer, message)
             self._show()
             return self._interrupts.count > seen or self._stop_asked > stopped
 
         return self._judge.final(policy, meanwhile)
 
 
-def default_actors() -> int:
-    """Two actors on up to three cores, else one less than there are cores, which the learner keeps."""
-    return max(2, available_cores() - 1)
-
-
-def parse_count(text: str, now: int) -> int:
-    """The number of actors that ``N``, ``+2`` or ``-1`` asks for; raises `UsageError`."""
-    try:
-        wanted = int(text) + (now if text[:1] in ("+", "-") else 0)
-    except ValueError:
-        raise UsageError(f"scale takes a number of actors, or a change like +2 or -1, got {text!r}") from None
-    if not 0 <= wanted <= MAX_ACTORS:
-        raise UsageError(f"{wanted} actors cannot be had; expected 0 to {MAX_ACTORS}")
-    return wanted
-
-
 def failure(what: str) -> dict[str, Any]:
     """Tell a verb that what it asked for was tried and failed, which is not bad use."""
     return {"error": what, "failed": True}
-
-
-def idle_note(actors: int, worlds: int) -> str:
-    """What to say when there are more actors than worlds."""
-    return (
-        f"{actors - worlds} of {actors} actors will idle: the run has {worlds} worlds; a run with "
-        f"--set batch.worlds={actors} feeds them all"
-    )
-
-
-def bottleneck(stages_s: dict[str, float]) -> str:
-    """Which side the other waits for, by the learner's own clock."""
-    total = sum(stages_s.values())
-    if not total:
-        return "unknown"
-    waiting = stages_s.get("wait", 0.0) / total
-    side = "actors" if waiting > 0.5 else "learner"
-    return f"{side} (the learner waits for experience {waiting:.0%} of the time)"

@@ -17,8 +17,8 @@ from rustyrl.rollout import Rollout, Ticket, rollout_arrays
 from rustyrl.stages import Stages
 from rustyrl.weights import PolicySpec, Weights, weights_layout
 from rustyrl.wire import Welcome, WorldState, decode_header, encode_message
-from rustyrl_actors.actor import Fleet
 from rustyrl_actors.catalog import find_environment
+from rustyrl_actors.fleet import Fleet
 from rustyrl_actors.pulse import Pulse
 
 BATCHES, MOVED_AT, LENGTH = 8, 3, 30
