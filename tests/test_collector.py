@@ -33,8 +33,9 @@ from rustyrl.wire import (
     encode_message,
     encode_rollout,
 )
-from rustyrl_learner import collector as module
-from rustyrl_learner.collector import FIRST_BY_HAND, Collector
+from rustyrl_learner import collector as collector_module
+from rustyrl_learner import roster
+from rustyrl_learner.collector import Collector
 from rustyrl_learner.network import ActorCritic, export_weights
 
 LAYERS = {
@@ -351,7 +352,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(module, "time", clock)
+    for module in (collector_module, roster):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
@@ -463,9 +465,9 @@ def test_who_joined_by_hand_gets_an_index_that_no_launcher_gives(collector):
             continue
         peers.append(Peer(receiver.address, index, 1))
         given.append(peers[-1].welcome.index)
-    assert given[:3] == [FIRST_BY_HAND, 0, FIRST_BY_HAND + 1]
-    assert given[3] in (FIRST_BY_HAND, FIRST_BY_HAND + 2)  # the first may still be there
-    assert FIRST_BY_HAND == 1000
+    assert given[:3] == [roster.FIRST_BY_HAND, 0, roster.FIRST_BY_HAND + 1]
+    assert given[3] in (roster.FIRST_BY_HAND, roster.FIRST_BY_HAND + 2)  # the first may still be there
+    assert roster.FIRST_BY_HAND == 1000
     for peer in peers:
         peer.link.close()
 
@@ -491,7 +493,7 @@ def test_actors_hear_that_the_learner_lives(patient, clock):
         turn(thread)
         assert peer.link.receive(0.0) is None
         for _ in range(2):
-            pass_time(thread, clock, module.PROBE_S)
+            pass_time(thread, clock, roster.PROBE_S)
             received = peer.link.receive(10.0)
             assert received is not None
             assert isinstance(received.message, Lease)
@@ -508,7 +510,7 @@ def test_who_has_gone_without_a_word_is_missed_by_the_next_probe(patient, clock)
         peer.link.close()
 
         def missed() -> bool:
-            pass_time(thread, clock, module.PROBE_S)
+            pass_time(thread, clock, roster.PROBE_S)
             return indices(thread) == [1]
 
         poll(missed, "the one that has gone")
