@@ -55,7 +55,10 @@ class Crew:
         log = self.folder / f"actor-{index}.log"
         with log.open("ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-S", "-E", "-c", self.program], stdin=subprocess.PIPE, stderr=output
+                [sys.executable, "-S", "-E", "-c", self.program],
+                stdin=subprocess.PIPE,
+                stderr=output,
+                preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),  # it is no end of an actor
             )
         descriptor = os.pidfd_open(process.pid) if sys.platform == "linux" else -1
         box = BlackBox.create() if self.boxed else None
