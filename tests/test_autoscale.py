@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 
@@ -124,6 +125,14 @@ def test_a_learner_that_hardly_waits_gets_no_more_and_loses_who_is_too_many(star
     assert machine.changes(since_hours=1) <= 2 * 4
 
 
+@pytest.mark.parametrize("wait_share", [autoscale.FULL + 0.01, 0.15, autoscale.HUNGRY - 0.01])
+def test_with_a_learner_that_waits_a_little_nothing_is_tried(wait_share):
+    """Though more would bring something."""
+    machine = Machine(lambda actors, _: 100.0 * actors, update_s=0.5 * (1 - wait_share))
+    assert machine.run(AutoScale(1, 16), 4, hours=1) == 4
+    assert machine.changes() == 0
+
+
 @pytest.mark.parametrize("power", [0.3, 0.5, 0.7, 1.0])
 def test_as_long_as_more_bring_something_there_are_more(power):
     machine = Machine(lambda actors, _: 40.0 * actors**power)
@@ -174,6 +183,32 @@ def test_nothing_is_decided_before_actors_had_time_to_settle_and_a_speed_was_mea
     assert least <= machine.now < least + 5
 
 
+@pytest.mark.parametrize(("gain", "kept"), [(1.1, 1), (1.2, 2)])
+def test_more_actors_must_bring_a_part_of_what_they_could(gain, kept):
+    """Twice as many could bring twice the speed; 15 % of that is worth it."""
+    machine = Machine(lambda actors, _: 100.0 if actors == 1 else 100.0 * gain)
+    assert machine.run(AutoScale(1, 2), 1, hours=0.5) == kept
+    assert machine.share_of_time(lambda n: n == kept, since_hours=0.05) > 0.9
+
+
+def test_a_step_that_paid_is_not_undone_at_once():
+    machine = Machine(up_to(4))
+    machine.run(AutoScale(1, 16), 1, hours=0.5)
+    assert [count for _, count in machine.counts[:6]] == [1, 2, 3, 4, 5, 4]
+    came, back = machine.counts[3][0], next(at for at, count in machine.counts[4:] if count == 3)
+    assert back - came >= autoscale.FORGET_S
+
+
+def test_what_did_not_pay_is_tried_ever_more_rarely_but_once_an_hour():
+    machine = Machine(lambda actors, _: 100.0)
+    machine.run(AutoScale(1, 2), 1, hours=9)
+    tried = [at for at, count in machine.counts if count == 2]
+    pauses = [after - before for before, after in itertools.pairwise(tried)]
+    assert pauses[:3] == pytest.approx([300, 600, 1200], abs=50)
+    assert pauses[4:] == pytest.approx([autoscale.LONGEST_S] * len(pauses[4:]), abs=50)
+    assert len(pauses) > 8
+
+
 def test_a_reading_that_is_given_again_decides_nothing():
     machine, scale = Machine(up_to(4), update_s=0.01), AutoScale(1, 8)
     for _ in range(100):
@@ -188,7 +223,7 @@ def test_a_reading_that_is_given_again_decides_nothing():
 def test_what_a_learner_does_between_updates_is_not_measured():
     """A speed is from one update's end to another's: else one more or less would make it another."""
     machine, scale = Machine(up_to(2)), AutoScale(1, 4)
-    actors, counts = 1, []
+    actors, counts, decided_at = 1, [], []
     for _ in range(2000):
         machine.update(actors)
         machine.now -= 0.3  # the reading comes at once, others follow it
@@ -198,7 +233,9 @@ def test_what_a_learner_does_between_updates_is_not_measured():
             if wanted is not None:
                 actors = wanted
                 counts.append(actors)
+                decided_at.append(machine.now)
     assert counts[:3] == [2, 3, 2]
+    assert decided_at[0] < 30  # nor are they updates of no speed, which would have it measure for longer
 
 
 def test_a_learner_of_which_little_is_known_changes_nothing():
@@ -225,18 +262,47 @@ def test_actors_that_die_and_come_back_do_not_mislead_it():
         assert actors == 4
 
 
+def decision(scale: AutoScale, machine: Machine, actors: int, present: Callable[[], int] | None = None) -> int:
+    """Train until there is a decision."""
+    for _ in range(1000):
+        wanted = scale.decide(actors, machine.update(actors if present is None else present()))
+        if wanted is not None:
+            return wanted
+    pytest.fail("nothing was decided")
+
+
 def test_a_measurement_that_was_interrupted_is_made_anew():
     """Nobody is sent away because of a pause."""
     machine, scale = Machine(up_to(4)), AutoScale(1, 8)
-    actors, wanteds = 1, []
-    while machine.now < 400:
-        if machine.version % 20 == 0:
-            machine.now += 300.0 if machine.version == 20 else 3.0
-            scale.interrupt()
-        if (wanted := scale.decide(actors, machine.update(actors))) is not None:
-            actors = wanted
-            wanteds.append(wanted)
-    assert wanteds == sorted(wanteds)
+    assert decision(scale, machine, 1) == 2
+    for _ in range(15):  # it has settled, and is being measured
+        assert scale.decide(2, machine.update(2)) is None
+    machine.now += 300.0
+    scale.interrupt()
+    assert decision(scale, machine, 2) == 3
+
+
+def test_actors_are_given_the_time_to_come():
+    """Until the new one is there nothing is faster, and nothing is measured."""
+    machine, scale = Machine(up_to(4)), AutoScale(1, 8)
+    actors = 1
+    for expected in (2, 3, 4, 5):
+        wanted = decision(scale, machine, actors)
+        assert wanted == expected
+        before, comes_at = actors, machine.now + 14.0
+        while machine.now < comes_at:
+            assert scale.decide(wanted, machine.update(before)) is None
+        actors = wanted
+
+
+def test_a_trial_is_compared_with_how_fast_it_was_just_before():
+    """A world that got faster while nothing was tried is no merit of the next trial."""
+    machine = Machine(lambda actors, now: 100.0 if now < 2000 else 200.0, update_s=0.01)
+    assert machine.run(AutoScale(1, 2), 1, hours=1.5) == 1
+    tried = [at for at, count in machine.counts if count == 2]
+    assert any(at < 2000 for at in tried)
+    assert any(at > 2000 for at in tried)
+    assert machine.share_of_time(lambda n: n == 1, since_hours=2000 / HOUR_S) > 0.95
 
 
 def test_a_learner_that_follows_another_is_measured_anew():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,6 +95,25 @@ def test_they_are_written_in_order_and_told_together(writer, held):
     held.set()
     poll(lambda: writer._ended.qsize() == 3, "three ends")
     assert [written.version for written in writer.ended()] == [1, 2, 3]
+
+
+def test_only_the_first_is_waited_for(writer, monkeypatch):
+    """Training goes on as soon as there is something to be told."""
+    go = threading.Event()
+    save = checkpoint.save
+
+    def slow(folder, counters, *others):
+        assert counters.policy_version == 1 or go.wait(10.0)
+        return save(folder, counters, *others)
+
+    monkeypatch.setattr(checkpoint_writer.checkpoint, "save", slow)
+    begin(writer, 1)
+    begin(writer, 2)
+    started = time.monotonic()
+    assert [written.version for written in writer.ended(8.0)] == [1]
+    assert time.monotonic() - started < 8.0
+    go.set()
+    assert [written.version for written in finish(writer)] == [2]
 
 
 def test_old_ones_are_removed_but_for_those_that_are_protected(tmp_path, writer):

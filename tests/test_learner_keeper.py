@@ -207,12 +207,19 @@ def test_who_is_ended_from_outside_before_it_trained_is_counted(post, version):
     assert post.await_death().loop == "the learner died 4 times within 60 s"
 
 
-@pytest.mark.parametrize("before", ["", "the one that was resumed"])
-def test_dying_again_and_again_before_another_checkpoint_leads_nowhere(post, before):
+@pytest.mark.parametrize(("before", "since"), [("", ""), ("the one that was resumed", ""), ("", "a new one")])
+def test_dying_again_and_again_before_another_checkpoint_leads_nowhere(post, before, since):
     """However long each of them lived."""
     post.checkpoint = before
     post.keeper.start()
-    for version in range(1, 4):
+    if since:
+        post.checkpoint = since
+        post.report(1)
+        post.kill()
+        assert post.await_death().loop == ""
+        post.clock.now += 600.0
+        post.restart()
+    for version in range(2, 5):
         post.report(version)
         post.kill()
         death = post.await_death()

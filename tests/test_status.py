@@ -192,7 +192,7 @@ def test_only_deaths_that_were_not_expected_count_as_restarts(board):
 
 
 def test_an_actor_is_shown_with_its_lag_and_what_it_uses(board):
-    rows = [actor(0), actor(1, version=-1), actor(1000, host="elsewhere", pid=1)]
+    rows = [actor(0), actor(1, version=-1), actor(1000, host="elsewhere")]  # of the same number there
     board.report(1.0, 9, 0.0, actors=rows)
     status = board.status()
     shown = {row["index"]: row for row in status["actors"]}

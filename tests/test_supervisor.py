@@ -56,7 +56,10 @@ class Crew:
         log = self.folder / f"actor-{index}.log"
         with log.open("ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-S", "-E", "-c", self.program], stdin=subprocess.PIPE, stderr=output
+                [sys.executable, "-S", "-E", "-c", self.program],
+                stdin=subprocess.PIPE,
+                stderr=output,
+                preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),  # it is no end of an actor
             )
         descriptor = os.pidfd_open(process.pid) if sys.platform == "linux" else -1
         box = BlackBox.create() if self.boxed else None
@@ -413,6 +416,27 @@ def test_who_is_given_up_by_the_learner_says_where_it_is_and_is_killed_and_repla
     assert crew.running() == [0, 1]  # its successor is not taken for it
 
 
+def test_it_is_given_its_time_and_no_more_however_often_it_is_named(crew, monkeypatch):
+    """The learner reports five times a second."""
+    crew.scale(1)
+    killed: list[Child] = []
+    signaled: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Child, "kill", lambda child: killed.append(child))
+        patch.setattr(Child, "signal", lambda _, number: signaled.append(number))
+        found_at = crew.clock.now
+        while crew.clock.now < found_at + LAST_WORDS_S:
+            ask(crew, silent=(0,))
+            assert crew.turn() == []
+            assert killed == []
+            crew.clock.now += 0.1
+        ask(crew, silent=(0,))
+        crew.clock.now += 0.1
+        crew.turn()
+    assert killed == [crew.child(0)]
+    assert signaled == [signal.SIGUSR1]
+
+
 def test_a_stopped_process_is_killed_all_the_same(crew):
     crew.scale(1)
     crew.child(0).process.send_signal(signal.SIGSTOP)
@@ -545,6 +569,24 @@ def test_a_world_that_kills_whoever_has_it_is_a_loop(boxed):
     note(boxed, 2, world=7, answered=9)
     death = boxed.die(2, signal.SIGSEGV)
     assert (death.loop, death.restart_in_s) == ("the actor that had world 7", None)
+
+
+@pytest.mark.parametrize(("actors", "loop"), [(1, "actor 0"), (3, "the actor that had world 7")])
+def test_a_world_in_which_whoever_has_it_stands_still_is_a_loop(boxed, actors, loop):
+    """Though it is we who kill it, and it had answered before."""
+    boxed.scale(actors)
+    everybody = set(range(actors))
+    for count in range(6):
+        index = count % actors
+        note(boxed, index, world=7, answered=9)
+        boxed.clock.now += LEASE_S
+        ask(boxed, present=tuple(everybody - {index}), silent=(index,))
+        boxed.clock.now += 1.0
+        (death,) = boxed.await_deaths()
+        assert death.index == index
+        assert death.loop == (loop if count == 5 else "")
+        if not death.loop:
+            boxed.restart()
 
 
 def test_deaths_with_different_worlds_are_no_loop(boxed):
