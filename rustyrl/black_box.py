@@ -24,7 +24,7 @@ __all__ = ["BlackBox", "Deed"]
 Arrays = dict[str, NDArray[np.generic]]
 
 ROOM = 1 << 20  # bytes; untouched pages cost nothing
-NOW = struct.Struct("=qqqqqq")  # beats, tickets answered, then the fields of a deed
+NOW = struct.Struct("=qqqqq")  # tickets answered, then the fields of a deed
 LAYOUT_AT = 64  # u32 length and JSON: what the actions are
 ACTIONS_AT = 4096
 ALIGNMENT = 64
@@ -61,7 +61,7 @@ class BlackBox:
         """Map what `create` made; ``descriptor`` stays open until `close`."""
         self.descriptor = descriptor
         self._memory = mmap.mmap(descriptor, ROOM)
-        self._beats, self._answered = NOW.unpack_from(self._memory, 0)[:2]
+        self._answered: int = NOW.unpack_from(self._memory, 0)[0]
 
     @classmethod
     def create(cls) -> BlackBox | None:
@@ -85,8 +85,7 @@ class BlackBox:
 
     def note(self, world: int, batch: int, built: int, step: int) -> None:
         """Say what is begun now; costs a quarter of a microsecond."""
-        self._beats += 1
-        NOW.pack_into(self._memory, 0, self._beats, self._answered, world, batch, built, step)
+        NOW.pack_into(self._memory, 0, self._answered, world, batch, built, step)
 
     def rest(self, answered: int = 0) -> None:
         """Say that nothing is to be done, after so many tickets."""
@@ -124,20 +123,14 @@ class BlackBox:
     # The launcher's side
 
     @property
-    def beats(self) -> int:
-        """A number that grows with everything the actor begins."""
-        beats: int = NOW.unpack_from(self._memory, 0)[0]
-        return beats
-
-    @property
     def answered(self) -> int:
         """Tickets that the actor has answered."""
-        answered: int = NOW.unpack_from(self._memory, 0)[1]
+        answered: int = NOW.unpack_from(self._memory, 0)[0]
         return answered
 
     def deed(self) -> Deed:
         """What the actor is doing."""
-        return Deed(*NOW.unpack_from(self._memory, 0)[2:])
+        return Deed(*NOW.unpack_from(self._memory, 0)[1:])
 
     def last_action(self) -> dict[str, Any] | None:
         """Part to the actions `[E, ...]` that the world in hand was given last; None if they were not kept."""
