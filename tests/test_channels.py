@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from clusters import poll
 
-from rustyrl.channels import ControlClient, ControlServer, RolloutReceiver, RolloutSender, loopback_address
+from rustyrl.channels import (
+    MAX_CONTROL_TURN,
+    ControlClient,
+    ControlServer,
+    RolloutReceiver,
+    RolloutSender,
+    loopback_address,
+)
 from rustyrl.errors import UsageError, WireError
 from rustyrl.wire import Goodbye, Hello, Lease, TicketMessage, WeightsHeader
 
@@ -141,3 +148,21 @@ def test_loopback_addresses_are_taken(address, expected):
 def test_other_addresses_are_refused(address):
     with pytest.raises(UsageError):
         loopback_address(address)
+
+
+def test_a_flood_on_the_control_socket_is_taken_in_by_parts(tmp_path):
+    """The launcher has other things to look at between them."""
+    import zmq
+
+    with ControlServer(f"ipc://{tmp_path}/control") as server:
+        with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+            stranger.connect(server.address)
+            poll(lambda: stranger.poll(10, zmq.POLLOUT), "a connection")
+            counts: list[int] = []
+            left = 3000
+            while sum(counts) < 3000:
+                while left and stranger.poll(0, zmq.POLLOUT):
+                    stranger.send(b'{"kind": "nonsense"}')
+                    left -= 1
+                counts.append(sum(1 for _ in server.receive(0.1, [])))
+            assert max(counts) == MAX_CONTROL_TURN
