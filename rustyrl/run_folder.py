@@ -21,8 +21,12 @@ from rustyrl.spec import EnvironmentSpec, spec_to_json
 
 try:
     import fcntl
-except ImportError:  # not a Unix: two runs on one folder are not told apart there
+except ImportError:  # not a Unix
     fcntl = None  # type: ignore[assignment]
+try:
+    import msvcrt
+except ImportError:  # not Windows
+    msvcrt = None  # type: ignore[assignment]
 
 __all__ = [
     "RUNS",
@@ -259,10 +263,11 @@ def _read(path: Path, kind: type[T]) -> T | None:
 
 
 def _try_lock(descriptor: int) -> bool:
-    if fcntl is None:
-        return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif msvcrt is not None:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
     except OSError:
         return False
     return True
