@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import msgspec
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rustyrl import describe
-from rustyrl.channels import ControlClient, loopback_address
+from rustyrl import cluster_verbs, describe
+from rustyrl.channels import loopback_address
+from rustyrl.cluster_verbs import Json, RunOption, print_json
 from rustyrl.config import Layer, build_config, parse_assignments, read_config
 from rustyrl.doctor import examine
 from rustyrl.errors import RunFailedError, UsageError
 from rustyrl.new import new_project
 from rustyrl.processes import actor_environment
 from rustyrl.progress import make_progress
-from rustyrl.remote import describe_answer
-from rustyrl.run_folder import find_run, is_live, list_runs
-from rustyrl.screen import Aspect, draw, spell
-from rustyrl.top import top as watch
+from rustyrl.run_folder import find_run
 from rustyrl.train import launch, resume_config
 
 __all__ = ["main"]
 
-ANSWER_S = 15.0  # a checkpoint is written between two updates
-STOP_S = 15.0
 EXIT_CODES = {"interrupt": 130, "terminate": 143}
 
 app = typer.Typer(
@@ -44,8 +37,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else.")]
-RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder.")]
 EnvArgument = Annotated[
     str | None, typer.Argument(metavar="ENV", help="Name, package.module:Class, file.py:Class or gym:ID.")
 ]
@@ -140,126 +131,7 @@ def actor(join: Annotated[str, typer.Option(help="Address that a learner listens
     os.execve(sys.executable, command, actor_environment())  # noqa: S606 - this process becomes the actor
 
 
-@app.command()
-def status(run: RunOption = None, json: Json = False) -> None:
-    """Say how a running cluster stands."""
-    answer = _ask(run, {"kind": "status"})
-    if json:
-        _print_json(answer)
-        return
-    console = _screen_console()
-    for line in spell(draw(answer, console.width, None, Aspect()), console.encoding):
-        line.rstrip()
-        console.print(line, soft_wrap=True)
-    others = [row["run"] for row in list_runs() if row["live"] and Path(row["run"]).resolve() != Path(answer["run"])]
-    if run is None and others:
-        verb = "runs go" if len(others) > 1 else "run goes"
-        console.print(f"\n{len(others)} other {verb} on: {', '.join(others)}; this is the newest", soft_wrap=True)
-
-
-@app.command(
-    epilog="Keys are listed by pressing ? there.\n\nExample:\n\n  rustyrl top --run runs/drone-20260101-120000"
-)
-def top(
-    run: RunOption = None,
-    every: Annotated[float, typer.Option(min=0.1, max=60.0, help="Seconds between two looks.")] = 0.5,
-) -> None:
-    """Watch and steer a running cluster on the whole screen."""
-    path, _ = find_run(run, live=True)
-    console = _screen_console()
-    if not (sys.stdin.isatty() and console.is_terminal) or console.is_dumb_terminal:
-        raise UsageError("top needs a terminal; rustyrl status prints the same once, and --json for programs")
-    console.print(watch(path, every, console), soft_wrap=True, highlight=False, markup=False)
-
-
-@app.command(
-    epilog="Examples:\n\n  rustyrl scale 8\n\n  rustyrl scale +2\n\n  rustyrl scale -1 --now\n\n"
-    "  rustyrl scale --auto 1:8\n\n  rustyrl scale --relieve 3",
-    context_settings={"ignore_unknown_options": True},  # or -1 would be one
-)
-def scale(
-    actors: Annotated[str | None, typer.Argument(metavar="[N]", help="How many actors, or a change: +2, -1.")] = None,
-    now: Annotated[bool, typer.Option("--now", help="Those that leave do not finish their tickets.")] = False,
-    auto: Annotated[
-        str | None, typer.Option(metavar="MIN:MAX", help="Let the number follow what the learner waits for.")
-    ] = None,
-    relieve: Annotated[
-        int | None, typer.Option(metavar="INDEX", help="Give the worlds of a slow actor to the others.")
-    ] = None,
-    run: RunOption = None,
-    json: Json = False,
-) -> None:
-    """Change the number of actors of a running cluster, or who has its worlds."""
-    if sum(choice is not None for choice in (actors, auto, relieve)) != 1:
-        raise UsageError("scale takes one of N, --auto MIN:MAX and --relieve INDEX")
-    if now and actors is None:
-        raise UsageError("--now goes with N: those that leave do not finish their tickets")
-    if relieve is not None:
-        request: dict[str, Any] = {"kind": "relieve", "index": relieve}
-    else:
-        request = {"kind": "scale", "auto": auto} if auto is not None else {"kind": "scale", "actors": actors}
-    answer = _ask(run, {**request, "now": now})
-    if "error" in answer:
-        raise UsageError(answer["error"])
-    if json:
-        _print_json(answer)
-        return
-    if relieve is not None:
-        typer.echo(describe_answer(answer))
-        return
-    typer.echo(f"from {answer['before']} to {answer['actors']} actors for {answer['worlds']} worlds")
-    if answer["note"]:
-        typer.echo(f"note: {answer['note']}")
-
-
-@app.command()
-def pause(run: RunOption = None, json: Json = False) -> None:
-    """Hold the training of a running cluster; actors wait."""
-    _tell(run, "pause", json=json)
-
-
-@app.command()
-def unpause(run: RunOption = None, json: Json = False) -> None:
-    """Go on after a pause."""
-    _tell(run, "unpause", json=json)
-
-
-@app.command()
-def checkpoint(run: RunOption = None, json: Json = False) -> None:
-    """Write a checkpoint of a running cluster now."""
-    answer = _tell(run, "checkpoint", json=json)
-    if not json:
-        typer.echo(f"version {answer['version']}: {answer['checkpoint']}")
-
-
-@app.command()
-def stop(run: RunOption = None, json: Json = False) -> None:
-    """End a run after a last checkpoint."""
-    path, cluster = find_run(run, live=True)
-    answer = _ask(path, {"kind": "stop"})
-    deadline = time.monotonic() + STOP_S
-    while is_live(path):
-        if time.monotonic() > deadline:
-            raise RunFailedError(f"the launcher (process {cluster.pid}) still runs after {STOP_S:.0f} s")
-        time.sleep(0.05)
-    if json:
-        _print_json({"run": answer["run"], "stopped": True})
-    else:
-        typer.echo(f"stopped {path}")
-
-
-@app.command()
-def runs(json: Json = False) -> None:
-    """List the runs below ./runs, newest first."""
-    rows = list_runs()
-    if json:
-        _print_json({"runs": rows})
-        return
-    table = Table("run", "env", "state", "steps", "stopped by")
-    for row in rows:
-        summary = row.get("summary", {})
-        table.add_row(row["run"], row["env"], row["state"], f"{summary.get('steps', ''):}", summary.get("stopped_by"))
-    Console(emoji=False).print(table)
+app.registered_commands += cluster_verbs.app.registered_commands
 
 
 @app.command(name="eval", epilog="Example:\n\n  rustyrl eval runs/drone-20260101-120000 --episodes 1000")
@@ -287,7 +159,7 @@ def evaluate(
         raise UsageError("a policy file alone does not name its environment; add --env")
     figures = describe.evaluate(env, {**config, **_env_only("eval", assignments)}, target, episodes, seed)
     if json:
-        _print_json(figures)
+        print_json(figures)
         return
     table = Table("figure", "value", title=str(target))
     for name, value in figures.items():
@@ -300,7 +172,7 @@ def envs(json: Json = False) -> None:
     """List the built-in environments."""
     rows = describe.list_environments()
     if json:
-        _print_json({"envs": rows})
+        print_json({"envs": rows})
         return
     table = Table("ENV", "about", "observation", "action", "parameters (--set env.NAME=VALUE)")
     for row in rows:
@@ -324,7 +196,7 @@ def new(
     """Make a small project around a world of your own."""
     folder, world = new_project(name, style, Path())
     if json:
-        _print_json({"folder": str(folder), "env": world, "files": sorted(path.name for path in folder.iterdir())})
+        print_json({"folder": str(folder), "env": world, "files": sorted(path.name for path in folder.iterdir())})
         return
     typer.echo(f"made {folder}; next:\n  cd {folder}\n  rustyrl check {world}")
     typer.echo(f"  rustyrl train {world} --config config.toml\n  pytest")
@@ -345,7 +217,7 @@ def check(
     report = describe.check(describe.anchored(name), _env_only("check", assignments), seed)
     failed = [finding for finding in report["findings"] if finding["passed"] is False]
     if json:
-        _print_json({"env": name, "passed": not failed, **report})
+        print_json({"env": name, "passed": not failed, **report})
     else:
         _print_findings(name, report, len(failed))
     if failed:
@@ -357,7 +229,7 @@ def doctor(json: Json = False) -> None:
     """Look at what is installed, the device, cores and limits, and say what is wrong."""
     report = examine()
     if json:
-        _print_json(report)
+        print_json(report)
     else:
         table = Table("what", "found", show_header=False)
         for name, value in report.items():
@@ -408,7 +280,7 @@ def _train(
     progress = make_progress(to_stderr=json)
     summary = launch(resolved, spec, run, resume=resume, progress=progress)
     if json:
-        _print_json(summary)
+        print_json(summary)
     else:
         _print_summary(summary)
     raise typer.Exit(EXIT_CODES.get(summary["stopped_by"], 0))
@@ -440,18 +312,6 @@ def _flags(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: {k: v for k, v in values.items() if v is not None} for name, values in sections.items()}
 
 
-def _tell(run: Path | None, kind: str, *, json: bool) -> dict[str, Any]:
-    """Give a running cluster an order that it answers; refused ones are bad use."""
-    answer = _ask(run, {"kind": kind})
-    if "error" in answer:
-        raise (RunFailedError if answer.get("failed") else UsageError)(answer["error"])
-    if json:
-        _print_json(answer)
-    elif "state" in answer:
-        typer.echo(f"{answer['run']} is {answer['state']}")
-    return answer
-
-
 def _env_only(verb: str, assignments: list[str] | None) -> dict[str, Any]:
     changes = parse_assignments(assignments or [])
     if unknown := changes.keys() - {"env"}:
@@ -472,26 +332,6 @@ def _print_findings(env: str, report: dict[str, Any], failed: int) -> None:
         console.print(f"speed: {speed['env_sps']:,.0f} env steps/s in one process; us a step: {parts}")
     count = len(report["findings"])
     console.print(f"{env}: {f'{failed} of {count} checks failed' if failed else 'conforms'}")
-
-
-def _ask(run: Path | None, request: dict[str, Any]) -> dict[str, Any]:
-    path, cluster = find_run(run, live=True)
-    with ControlClient(cluster.control) as control:
-        try:
-            return control.request(request, ANSWER_S)
-        except TimeoutError as error:
-            raise RunFailedError(f"{path}: {error}") from None
-
-
-def _screen_console() -> Console:
-    """A console for what `draw` draws; letters that it cannot show come out as question marks."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    return Console(emoji=False, highlight=False)
-
-
-def _print_json(content: Any) -> None:
-    typer.echo(msgspec.json.encode(content).decode())
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
