@@ -33,7 +33,7 @@ test: check ## everything that CI runs
 test-slow: $(STAMP) ## longer forms of some tests, which the default run leaves out
 	$(BIN)/pytest -m slow
 
-test-faults: $(STAMP) ## break clusters in every way for half an hour; FAULTS_MINUTES=2 shortens its longest part
+test-faults: $(STAMP) ## break clusters in every way for half an hour; FAULTS_MINUTES=3 shortens its longest part
 	$(BIN)/pytest -m faults
 
 docker-test: $(STAMP) ## build the images, and run, kill and scale a cluster of containers

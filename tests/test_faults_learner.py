@@ -231,6 +231,7 @@ def test_verbs_are_answered_while_there_is_no_learner(start):
     with stopped(successor(cluster, 1)):
         status = await_status(cluster, lambda status: status["state"] == "recovering", "recovering")
         assert_balanced(status)
+        assert (status["actors"], status["tickets"]["issued"]) == ([], 0)  # nobody has come to it yet
         for words in (("scale", "1"), ("pause",), ("checkpoint",)):
             with pytest.raises(UsageError, match="the run is recovering; it takes that while it is running"):
                 verb(cluster, *words)
