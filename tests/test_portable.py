@@ -20,7 +20,7 @@ for name in ("SIGKILL", "SIGUSR1", "SIGHUP"):
     delattr(signal, name)
 for name in ("memfd_create", "pidfd_open", "sched_getaffinity", "getloadavg", "setpriority"):
     delattr(os, name)
-for name in ("fcntl", "resource", "termios", "tty"):
+for name in ("fcntl", "resource"):
     sys.modules[name] = None
 import rustyrl.cli, rustyrl_actors.__main__, rustyrl_learner.__main__
 from pathlib import Path

@@ -83,6 +83,7 @@ def test_a_cluster_is_scaled_while_it_trains_and_loses_nothing(start):
     assert not (cluster.run / "logs" / "crashes").exists()
 
 
+@pytest.mark.faults
 def test_dead_actors_are_replaced_and_only_their_tickets_are_lost(start):
     cluster = start(*ENDLESS, "--actors", "2", "--set", "env.sleep_ms=4", "--max-policy-lag", "1")
     cluster.await_version(2)

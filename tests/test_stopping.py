@@ -67,6 +67,7 @@ def test_nothing_survives_a_killed_launcher(start):
     assert code == 0, err
 
 
+@pytest.mark.faults
 def test_a_learner_that_keeps_dying_ends_the_run_with_the_cause(start):
     cluster = start(*ENDLESS, "--set", "cluster.restarts=0", "--set", "run.checkpoint_every_s=1000000")
     cluster.await_version(2)
