@@ -115,7 +115,7 @@ def delaying_proxy(target: tuple[str, int]) -> Iterator[int]:
         listener.close()
 
 
-@pytest.mark.parametrize("lag", [0, 1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lag", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(4, marks=pytest.mark.slow)])
 def test_same_seed_gives_the_same_bits_whatever_the_delays(start, lag):
     """Actors that sleep at random in every step, and in the second run a network that delays every message."""
     arguments = (COUNTING, "--total-steps", "1500", "--seed", "11", "--max-policy-lag", str(lag), *SHAPE)

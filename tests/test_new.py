@@ -12,7 +12,7 @@ from rustyrl.errors import UsageError
 from rustyrl.new import STYLES, new_project
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", [STYLES[0], *(pytest.param(style, marks=pytest.mark.slow) for style in STYLES[1:])])
 def test_a_new_project_passes_its_tests_conforms_and_trains(tmp_path, style):
     code, out, err = rustyrl("new", f"my-{style}-hunt", "--style", style, cwd=tmp_path)
     assert code == 0, err
