@@ -253,9 +253,11 @@ def test_an_actor_that_joined_by_hand_outlives_the_learner_and_its_end_is_notice
         await_status(cluster, lambda status: contributing(status) == {1000: 4}, "the guest to have every world")
         verb(cluster, "scale", "1")
         await_status(cluster, lambda status: sorted(contributing(status).values()) == [2, 2], "two")
+        verb(cluster, "pause")  # so that no ticket for it finds out
         guest.send_signal(signal.SIGKILL)
         guest.wait(10)
         await_status(cluster, lambda status: 1000 not in contributing(status), "its end to be noticed", 30.0)
+        verb(cluster, "unpause")
         await_more(cluster, 3)
         assert verb(cluster, "status")["tickets"]["lost"] <= 2
         end(cluster)

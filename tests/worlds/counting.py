@@ -62,7 +62,7 @@ def do(deed: str) -> None:
         case ("slow", _, milliseconds):
             time.sleep(int(milliseconds) / 1000)
         case ("print", _, _):
-            print("what a world has to say")
+            print("what a world has to say " * 1000)  # more than the page that its log has begun
         case ("hoard", _, megabytes):
             HOARD.append(np.ones(int(megabytes) << 17))
         case _:
