@@ -89,15 +89,21 @@ def test_a_status_is_drawn_and_one_that_does_not_come_is_said(launcher, viewer):
 def test_scaling_and_pausing_are_ordered_and_their_answers_shown(launcher, viewer):
     launcher.show(viewer)
     for key, ordered, answer, said in [
-        ("+", {"kind": "scale", "actors": "+1", "now": False}, {"before": 4, "actors": 5, "worlds": 8, "note": ""}, ""),
+        (
+            "+",
+            {"kind": "scale", "actors": "+1", "now": False},
+            {"before": 4, "actors": 5, "worlds": 8, "note": ""},
+            "5 actors",
+        ),
         ("-", {"kind": "scale", "actors": "-1", "now": False}, {"error": "-1 actors cannot be had"}, "cannot be had"),
-        ("p", {"kind": "pause"}, {"state": "paused", "run": "x"}, " pause: the run is paused"),
+        ("p", {"kind": "pause"}, {"state": "paused", "run": "x"}, "pause: the run is paused"),
     ]:
         viewer.press(key)
         peer, order = launcher.order()
         assert order == ordered
         launcher.control.send(peer, answer)
-        poll(viewer.remote.turn, "the answer")
+        # a status that comes before the answer is news too
+        poll(lambda viewer=viewer, said=said: (viewer.remote.turn(), said in viewer.remote.said)[1], "the answer")
         assert said in viewer.lines(80, 24)[-1].plain
     launcher.status["state"] = "paused"
     launcher.show(viewer)
