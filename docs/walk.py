@@ -73,7 +73,7 @@ def main() -> None:
     batch = buffer.to_device(torch.device("cpu"))
     print(f"6 batch     observation {tuple(batch.observation.shape)}, reward {tuple(batch.reward.shape)}")
     config = PPOConfig(minibatch_size=32)
-    training = training_batch(network, None, batch, config.gamma, config.gae_lambda, lagged=False)
+    training = training_batch(network, batch, config)
     advantage = training.advantage.reshape(LENGTH, -1)
     print(f"7 advantage of world 0, slot 0: {floats(advantage[:, 0].numpy())}")
     before = encode_weights(export_weights(network, None))

@@ -106,12 +106,32 @@ class PPOConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     min_learning_rate: Annotated[float, _help("lower end of the kl schedule", gt=0)] = 1e-5
     max_learning_rate: Annotated[float, _help("upper end of the kl schedule", gt=0)] = 1e-2
     stop_kl: Annotated[float, _help("end the epochs of a batch when its KL exceeds this; 0 never", ge=0)] = 0.0
+    optimizer: Annotated[Literal["adam", "adamw"], _help("adamw decays the weights of all layers")] = "adam"
+    weight_decay: Annotated[float, _help("of adamw, an optimiser step takes off rate x this", ge=0)] = 0.0
     gamma: Annotated[float, _help("discount of an env step", ge=0, le=1)] = 0.99
+    gamma_end: Annotated[float, _help("reached in even steps at run.total_steps; -1: gamma stays", ge=-1, le=1)] = -1
     gae_lambda: Annotated[float, _help("of generalized advantage estimation", ge=0, le=1)] = 0.95
+    vtrace: Annotated[
+        Literal["auto", "on", "off"],
+        _help("correct advantages and value targets for policy lag; auto: if batch.max_policy_lag is above 1"),
+    ] = "auto"
+    vtrace_rho: Annotated[float, _help("truncates the weight of a step's own error in V-trace", gt=0)] = 1.0
+    vtrace_c: Annotated[float, _help("truncates the weight of later errors in V-trace", gt=0)] = 1.0
+    normalize_reward: Annotated[
+        bool, _help("divide rewards by the running deviation of the discounted return so far")
+    ] = False
+    reward_clip: Annotated[float, _help("rewards so normalised are clipped to +- this", gt=0)] = 10.0
+    normalize_value: Annotated[
+        bool, _help("the critic learns value targets in units in which they have mean 0 and deviation 1")
+    ] = False
     clip: Annotated[float, _help("epsilon of the policy ratio", gt=0)] = 0.2
-    value_clip: Annotated[float, _help("largest rewarded change of a value; 0 switches off", ge=0)] = 0.0
+    clip_end: Annotated[float, _help("reached in even steps at run.total_steps; -1: clip stays", ge=-1)] = -1
+    value_clip: Annotated[
+        float, _help("largest rewarded change of a value, in the critic's units; 0 switches off", ge=0)
+    ] = 0.0
     value_coefficient: Annotated[float, _help("weight of the value loss", ge=0)] = 0.5
     entropy: Annotated[float, _help("weight of the entropy bonus", ge=0)] = 0.0
+    entropy_end: Annotated[float, _help("reached in even steps at run.total_steps; -1: entropy stays", ge=-1)] = -1
     max_gradient_norm: Annotated[float, _help("gradients are scaled down to this norm", gt=0)] = 0.5
     normalize_advantage: Annotated[bool, _help("to mean 0 and deviation 1 in each minibatch")] = True
     adam_epsilon: Annotated[float, _help("Adam's epsilon", gt=0)] = 1e-5

@@ -11,7 +11,15 @@ from rustyrl.spec import EnvironmentSpec
 
 __all__ = ["EPISODE_FIGURES", "episode_figures", "known_figures"]
 
-EPISODE_FIGURES = ("return_mean", "return_std", "length_mean")  # what every environment has, beside its own metrics
+PERCENTILES = (10, 50, 90)
+# What every environment has, beside its own metrics.
+EPISODE_FIGURES = (
+    "return_mean",
+    "return_std",
+    "length_mean",
+    *(f"return_p{p}" for p in PERCENTILES),
+    *(f"length_p{p}" for p in PERCENTILES),
+)
 
 
 def known_figures(spec: EnvironmentSpec) -> tuple[str, ...]:
@@ -25,7 +33,7 @@ def episode_figures(
     length: NDArray[np.number],
     metrics: Mapping[str, NDArray[np.floating]],
 ) -> dict[str, float]:
-    """``episodes, return_mean, return_std, length_mean`` and the metrics that the world declares.
+    """``episodes``, `EPISODE_FIGURES` and the metrics that the world declares.
 
     Args:
         spec: declares how each metric is summed up.
@@ -42,6 +50,9 @@ def episode_figures(
         "return_std": float(np.std(episode_return)),
         "length_mean": float(np.mean(length)),
     }
+    for name, values in (("return", episode_return), ("length", length)):
+        found = np.percentile(values, PERCENTILES).tolist()
+        figures |= {f"{name}_p{p}": value for p, value in zip(PERCENTILES, found, strict=True)}
     for metric in spec.metrics:
         values = metrics[metric.episode_metric]
         values = values[~np.isnan(values)]

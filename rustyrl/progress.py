@@ -13,6 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from rustyrl.figures import EPISODE_FIGURES
+
 __all__ = ["LiveProgress", "PlainProgress", "Progress", "View", "make_progress"]
 
 PLAIN_EVERY_S, PLAIN_SHARE = 2.0, 0.02  # the latter of the time since the start
@@ -129,7 +131,8 @@ def _cells(view: View) -> list[tuple[str, str]]:
         if name in training:
             cells.append((f"training {name.replace('_', ' ')}", f"{training[name]:.4g}"))
     if view.evaluation is not None:
-        shown = [(k, v) for k, v in view.evaluation.items() if k not in ("return_std", "length_mean", "episodes")]
+        unshown = {"episodes", *EPISODE_FIGURES} - {"return_mean"}
+        shown = [(k, v) for k, v in view.evaluation.items() if k not in unshown]
         cells.append(("last evaluation", ", ".join(f"{k} {v:.4g}" for k, v in shown if v is not None)))
     cells.append(("left", view.left))
     return cells

@@ -39,7 +39,10 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class RolloutOrigin:
-    """Where a rollout comes from, so that the learner can hold it against the ticket that it answers."""
+    """Where a rollout comes from, so that the learner can hold it against the ticket that it answers.
+
+    fresh: those of the ticket's worlds whose episodes began with it, whatever was in the batch before
+    """
 
     fingerprint: str
     policy_name: str
@@ -48,6 +51,7 @@ class RolloutOrigin:
     actor_index: int
     actor_incarnation: int
     stage_s: dict[str, float] = field(default_factory=dict)
+    fresh: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)

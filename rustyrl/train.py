@@ -10,7 +10,7 @@ import msgspec
 
 from rustyrl.channels import loopback_address
 from rustyrl.condition import parse_condition
-from rustyrl.config import Config, build_config, read_config
+from rustyrl.config import Config, PPOConfig, build_config, read_config
 from rustyrl.describe import describe
 from rustyrl.errors import RunFailedError, UsageError
 from rustyrl.figures import known_figures
@@ -82,8 +82,7 @@ def _check(config: Config, spec: EnvironmentSpec, run: Path | None, resume: bool
                 raise UsageError(f"{source} {condition}: {spec.env!r} has no such figure; it has {', '.join(known)}")
     if resume and run is not None:
         _check_resume(run, config, spec)
-    if config.ppo.schedule == "linear" and not config.run.total_steps:
-        raise UsageError("ppo.schedule 'linear' needs run.total_steps to know where it ends")
+    _check_ppo(config.ppo, config.run.total_steps)
     _check_box(config, spec)
     slots = spec.slots * config.batch.worlds
     size = sum(array_bytes(array) for array in rollout_arrays(spec, config.batch.unroll_length, slots))
@@ -106,6 +105,20 @@ def _check_exporter(address: str) -> None:
     from rustyrl.exporter import parse_address  # needs that package
 
     parse_address(address)
+
+
+def _check_ppo(ppo: PPOConfig, total_steps: int) -> None:
+    """Refuse settings that do not go together."""
+    ends = {name: getattr(ppo, name) for name in ("clip_end", "entropy_end", "gamma_end")}
+    for name, end in ends.items():
+        if -1 < end < 0:
+            raise UsageError(f"ppo.{name} is {end}, expected -1 (no change) or a number from 0 up")
+    changing = ["schedule 'linear'"] if ppo.schedule == "linear" else []
+    changing += [name for name, end in ends.items() if end >= 0]
+    if changing and not total_steps:
+        raise UsageError(f"ppo.{changing[0]} needs run.total_steps to know where it ends")
+    if ppo.weight_decay and ppo.optimizer != "adamw":
+        raise UsageError(f"ppo.weight_decay is for ppo.optimizer 'adamw', this is {ppo.optimizer!r}")
 
 
 def _check_box(config: Config, spec: EnvironmentSpec) -> None:

@@ -53,7 +53,7 @@ __all__ = [
     "encode_world_state",
 ]
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 MAX_HEADER_BYTES = 1 << 20
 MAX_BLOB_BYTES = 1 << 31
 MAX_ARRAYS = 1024
@@ -62,7 +62,8 @@ MAX_WORLDS = 65536
 Count = Annotated[int, Meta(ge=0, le=2**62)]
 Text = Annotated[str, Meta(max_length=4096)]
 Fingerprint = Annotated[str, Meta(max_length=64)]
-Worlds = Annotated[tuple[Annotated[int, Meta(ge=0, lt=MAX_WORLDS)], ...], Meta(min_length=1, max_length=MAX_WORLDS)]
+World = Annotated[int, Meta(ge=0, lt=MAX_WORLDS)]
+Worlds = Annotated[tuple[World, ...], Meta(min_length=1, max_length=MAX_WORLDS)]
 
 
 class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -163,7 +164,7 @@ class WorldState(_Message, frozen=True, tag="world-state"):
     built: the batch that its episodes began with. No arrays: it cannot be had, and begins anew.
     """
 
-    world: Annotated[int, Meta(ge=0, lt=MAX_WORLDS)]
+    world: World
     next_batch: Count
     built: Count
     arrays: Annotated[tuple[StateArray, ...], Meta(max_length=MAX_ARRAYS)]
@@ -184,13 +185,17 @@ class Goodbye(_Message, frozen=True, tag="goodbye"):
 
 
 class RolloutHeader(_Message, frozen=True, tag="rollout"):
-    """Actor to learner: the blob is the answer to this ticket; its arrays follow one another, aligned."""
+    """Actor to learner: the blob is the answer to this ticket; its arrays follow one another, aligned.
+
+    fresh: those of its worlds whose episodes began with it
+    """
 
     fingerprint: Fingerprint
     policy_name: Annotated[str, Meta(max_length=64)]
     batch: Count
     policy_version: Count
     worlds: Worlds
+    fresh: Annotated[tuple[World, ...], Meta(max_length=MAX_WORLDS)]
     learner_incarnation: Count
     actor_index: Annotated[int, Meta(ge=0, le=MAX_WORLDS)]
     actor_incarnation: Count
@@ -276,6 +281,7 @@ def encode_rollout(rollout: Rollout) -> tuple[bytes, memoryview]:
         batch=origin.ticket.batch,
         policy_version=origin.ticket.policy_version,
         worlds=origin.ticket.worlds,
+        fresh=origin.fresh,
         learner_incarnation=origin.learner_incarnation,
         actor_index=origin.actor_index,
         actor_incarnation=origin.actor_incarnation,
@@ -313,6 +319,7 @@ def decode_rollout(header: RolloutHeader, blob: memoryview) -> Rollout:
         actor_index=header.actor_index,
         actor_incarnation=header.actor_incarnation,
         stage_s=header.stage_s,
+        fresh=header.fresh,
     )
     try:
         episodes = EpisodeRows(

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import integrate, stats
 
+from rustyrl.config import PPOConfig
 from rustyrl.errors import WireError
 from rustyrl.rollout import Rollout, RolloutOrigin, Ticket, allocate_rollout
 from rustyrl.spec import UNBOUNDED, ActionSpec, ArraySpec, EnvironmentSpec, action_blocks, read_spec, spec_to_json
@@ -769,7 +770,7 @@ def test_the_learner_finds_the_log_prob_of_a_batch_that_its_actors_found(kind: K
     for worlds in ((1,), (2, 0)):
         buffer.place(received(recorded(kind, worlds)))
     network, normalizer = network_of(kind)
-    rows = training_batch(network, normalizer, buffer.to_device(CPU), 0.99, 0.95, lagged=True)
+    rows = training_batch(network, buffer.to_device(CPU), PPOConfig(), normalizer=normalizer, lagged=True)
     torch.testing.assert_close(rows.proximal_log_prob, rows.behavior_log_prob, rtol=0, atol=1e-4)
 
 

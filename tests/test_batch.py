@@ -12,6 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from rustyrl.config import PPOConfig
 from rustyrl.rollout import EpisodeRows, Rollout, RolloutOrigin, Ticket, allocate_rollout
 from rustyrl.spec import ActionSpec, ArraySpec, EnvironmentSpec, MetricSpec
 from rustyrl.weights import PolicySpec
@@ -305,7 +306,7 @@ def normalizer_of(seed: int = 0) -> ObservationNormalizer:
 def test_the_update_reads_exactly_the_valid_rows(spec: EnvironmentSpec, shared: bool, lagged: bool) -> None:
     network, normalizer = network_of(spec, shared=shared), normalizer_of()
     batch = filled([rollout_of((0, 1, 2, 3), spec)], spec).to_device(CPU)
-    result = training_batch(network, normalizer, batch, 0.97, 0.9, lagged=lagged)
+    result = training_batch(network, batch, PPOConfig(gamma=0.97, gae_lambda=0.9), normalizer=normalizer, lagged=lagged)
     rows = batch.valid.nonzero()
     assert len(rows) < STEPS * COLUMNS
     assert len(result.advantage) == len(rows)
@@ -337,7 +338,7 @@ def test_the_update_reads_exactly_the_valid_rows(spec: EnvironmentSpec, shared: 
 def test_numbers_of_rows_without_an_agent_do_not_reach_the_update() -> None:
     network, normalizer = network_of(), normalizer_of()
     buffer = filled([rollout_of((0, 1, 2, 3))])
-    before = training_batch(network, normalizer, buffer.to_device(CPU), 0.99, 0.95, lagged=True)
+    before = training_batch(network, buffer.to_device(CPU), PPOConfig(), normalizer=normalizer, lagged=True)
     batch = buffer.to_device(CPU)
     empty = ~batch.valid
     assert empty.any()
@@ -345,7 +346,7 @@ def test_numbers_of_rows_without_an_agent_do_not_reach_the_update() -> None:
     batch.reward[empty] = math.nan
     batch.behavior_log_prob[empty] = math.nan
     batch.action[empty] = math.nan
-    after = training_batch(network, normalizer, batch, 0.99, 0.95, lagged=True)
+    after = training_batch(network, batch, PPOConfig(), normalizer=normalizer, lagged=True)
     for field in fields(before):
         if field.name != "action_mask":
             assert torch.equal(getattr(after, field.name), getattr(before, field.name)), field.name
@@ -353,7 +354,7 @@ def test_numbers_of_rows_without_an_agent_do_not_reach_the_update() -> None:
 
 def test_without_a_normalizer_the_update_reads_raw_observations() -> None:
     batch = filled([rollout_of((0, 1, 2, 3), ends=False)]).to_device(CPU)
-    result = training_batch(network_of(), None, batch, 0.99, 0.95, lagged=False)
+    result = training_batch(network_of(), batch, PPOConfig())
     assert torch.equal(result.observation, batch.observation[:-1].reshape(-1, 8))
 
 
@@ -361,7 +362,7 @@ def test_preparing_the_update_changes_neither_batch_nor_statistics() -> None:
     network, normalizer = network_of(), normalizer_of()
     buffer = filled([rollout_of((0, 1, 2, 3))])
     before = filled([rollout_of((0, 1, 2, 3))]).to_device(CPU)
-    training_batch(network, normalizer, buffer.to_device(CPU), 0.99, 0.95, lagged=True)
+    training_batch(network, buffer.to_device(CPU), PPOConfig(), normalizer=normalizer, lagged=True)
     assert_same_batch(buffer.to_device(CPU), before)
-    assert torch.equal(normalizer.mean, normalizer_of().mean)
-    assert normalizer.count == 100
+    assert torch.equal(normalizer.statistics.mean, normalizer_of().statistics.mean)
+    assert normalizer.statistics.count == 100

@@ -29,9 +29,9 @@ def folded(parts: list[Tensor], clip: float = 10.0) -> ObservationNormalizer:
 def assert_two_pass(normalizer: ObservationNormalizer, rows: Tensor, rel: float = 1e-6) -> None:
     """The statistics are those of all rows, as float64 computes them with the mean known first."""
     exact = rows.double().numpy()
-    np.testing.assert_allclose(normalizer.mean.numpy(), exact.mean(0), rtol=rel, atol=rel * exact.std())
-    np.testing.assert_allclose(normalizer.variance.numpy(), exact.var(0), rtol=rel, atol=1e-12)
-    assert normalizer.count == len(rows)
+    np.testing.assert_allclose(normalizer.statistics.mean.numpy(), exact.mean(0), rtol=rel, atol=rel * exact.std())
+    np.testing.assert_allclose(normalizer.statistics.variance.numpy(), exact.var(0), rtol=rel, atol=1e-12)
+    assert normalizer.statistics.count == len(rows)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
@@ -61,28 +61,28 @@ def test_statistics_follow_observations_that_drift() -> None:
 def test_how_rows_are_cut_into_folds_does_not_matter() -> None:
     rows = 5 + 3 * torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
     once, rowwise = folded([rows]), folded(list(rows.split(1)))
-    torch.testing.assert_close(rowwise.mean, once.mean, rtol=1e-6, atol=0)
-    torch.testing.assert_close(rowwise.variance, once.variance, rtol=1e-6, atol=0)
+    torch.testing.assert_close(rowwise.statistics.mean, once.statistics.mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(rowwise.statistics.variance, once.statistics.variance, rtol=1e-6, atol=0)
 
 
 def test_a_constant_observation_has_variance_zero_and_stays_finite() -> None:
     rows = torch.full((100, 2), 10000.1)
     normalizer = folded([rows[:30], rows[30:]])
-    assert normalizer.variance.tolist() == [0.0, 0.0]
+    assert normalizer.statistics.variance.tolist() == [0.0, 0.0]
     assert torch.isfinite(normalizer.apply(rows)).all()
 
 
 def test_an_empty_fold_changes_nothing() -> None:
     normalizer = folded([torch.empty(0, 3)])
-    assert normalizer.count == 0
-    assert normalizer.mean.tolist() == [0.0] * 3
-    assert normalizer.variance.tolist() == [1.0] * 3
+    assert normalizer.statistics.count == 0
+    assert normalizer.statistics.mean.tolist() == [0.0] * 3
+    assert normalizer.statistics.variance.tolist() == [1.0] * 3
 
 
 def test_the_first_rows_replace_the_initial_statistics() -> None:
     normalizer = folded([torch.tensor([[2.0], [4.0]])])
-    assert normalizer.mean.tolist() == [3.0]
-    assert normalizer.variance.tolist() == [1.0]
+    assert normalizer.statistics.mean.tolist() == [3.0]
+    assert normalizer.statistics.variance.tolist() == [1.0]
 
 
 def test_normalized_rows_have_mean_0_and_deviation_1() -> None:
@@ -155,8 +155,8 @@ def test_arrays_round_trip() -> None:
     }
     other = ObservationNormalizer(3, 10.0, CPU)
     other.set_arrays(arrays)
-    assert other.count == 300
-    assert other.mean.dtype == other.variance.dtype == torch.float64
+    assert other.statistics.count == 300
+    assert other.statistics.mean.dtype == other.statistics.variance.dtype == torch.float64
     for name, array in other.arrays().items():
         np.testing.assert_array_equal(array, arrays[name])
     assert torch.equal(other.apply(rows), normalizer.apply(rows))
@@ -167,15 +167,15 @@ def test_float64_arrays_of_a_checkpoint_lose_nothing() -> None:
     other = ObservationNormalizer(3, 10.0, CPU)
     other.set_arrays(
         {
-            "normalizer.mean": normalizer.mean.numpy(),
-            "normalizer.variance": normalizer.variance.numpy(),
-            "normalizer.count": np.array([normalizer.count]),
+            "normalizer.mean": normalizer.statistics.mean.numpy(),
+            "normalizer.variance": normalizer.statistics.variance.numpy(),
+            "normalizer.count": np.array([normalizer.statistics.count]),
         }
     )
-    assert torch.equal(other.mean, normalizer.mean)
-    assert torch.equal(other.variance, normalizer.variance)
+    assert torch.equal(other.statistics.mean, normalizer.statistics.mean)
+    assert torch.equal(other.statistics.variance, normalizer.statistics.variance)
     other.fold(torch.ones(10, 3))  # has statistics of its own
-    assert not torch.equal(other.mean, normalizer.mean)
+    assert not torch.equal(other.statistics.mean, normalizer.statistics.mean)
 
 
 def test_arrays_do_not_follow_later_folds() -> None:

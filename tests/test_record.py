@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from rustyrl.figures import EPISODE_FIGURES
 from rustyrl.rollout import EpisodeRows
 from rustyrl.spec import ActionSpec, ArraySpec, EnvironmentSpec, MetricSpec
 from rustyrl_learner import record as module
@@ -55,7 +56,17 @@ def literal_figures(parts: list[EpisodeRows]) -> dict[str, float]:
 
     returns = newest([part.episode_return for part in parts])
     times = [x for x in newest([part.metrics["time"] for part in parts]) if x == x]
+    lengths = newest([part.length for part in parts])
+
+    def percentile(values: list[float], p: int) -> float:
+        """By linear interpolation between the two values around rank p (n - 1)."""
+        ranked, rank = sorted(map(float, values)), p / 100 * (len(values) - 1)
+        low = ranked[math.floor(rank)]
+        return low + (ranked[math.ceil(rank)] - low) * (rank - math.floor(rank))
+
     return {
+        **{f"return_p{p}": percentile(returns, p) for p in (10, 50, 90)},
+        **{f"length_p{p}": percentile(lengths, p) for p in (10, 50, 90)},
         "episodes": len(returns),
         "return_mean": statistics.fmean(returns),
         "return_std": statistics.pstdev(returns),
@@ -88,7 +99,7 @@ def test_a_metric_that_means_nothing_in_any_episode_is_left_out() -> None:
     episodes.metrics["time"][:] = math.nan
     window = EpisodeWindow(SPEC)
     window.add(episodes)
-    assert set(window.figures()) == {"episodes", "return_mean", "return_std", "length_mean", "success_rate"}
+    assert set(window.figures()) == {"episodes", *EPISODE_FIGURES, "success_rate"}
 
 
 @contextmanager

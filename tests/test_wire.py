@@ -76,6 +76,7 @@ MESSAGES: dict[str, Message] = {
         batch=70_000,
         policy_version=69_999,
         worlds=(0, 300),
+        fresh=(300,),
         learner_incarnation=2,
         actor_index=3,
         actor_incarnation=2**61,
@@ -106,7 +107,7 @@ SPEC = EnvironmentSpec(
     max_episode_steps=100,
     metrics=(MetricSpec("wins", "win", "mean"), MetricSpec("arrival_median", "arrival_s", "median")),
 )
-ORIGIN = RolloutOrigin(SPEC.fingerprint, "main", Ticket(5, 4, (2, 9)), 1, 3, 2**61, {"act": 0.5})
+ORIGIN = RolloutOrigin(SPEC.fingerprint, "main", Ticket(5, 4, (2, 9)), 1, 3, 2**61, {"act": 0.5}, fresh=(9,))
 
 
 def fill(array: NDArray[Any], rng: np.random.Generator) -> None:

@@ -115,6 +115,7 @@ class Fleet:
             actor_index=self._welcome.index,
             actor_incarnation=self._incarnation,
             stage_s=stages.take(),
+            fresh=tuple(world.index for world in worlds if world.built == ticket.batch),
         )
         return recording
 

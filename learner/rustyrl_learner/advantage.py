@@ -3,59 +3,113 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from rustyrl.config import PPOConfig
 from rustyrl_learner.batch import Batch
 from rustyrl_learner.gae import gae, next_values
 from rustyrl_learner.network import ActorCritic
-from rustyrl_learner.normalizer import ObservationNormalizer
+from rustyrl_learner.normalizer import ObservationNormalizer, RewardNormalizer, ValueNormalizer
 from rustyrl_learner.ppo import TrainingBatch
+from rustyrl_learner.vtrace import vtrace
 
-__all__ = ["training_batch"]
+__all__ = ["batch_figures", "training_batch"]
 
 
 @torch.no_grad()
 def training_batch(
     network: ActorCritic,
-    normalizer: ObservationNormalizer | None,
     batch: Batch,
-    gamma: float,
-    gae_lambda: float,
+    ppo: PPOConfig,
     *,
-    lagged: bool,
+    normalizer: ObservationNormalizer | None = None,
+    rewards: RewardNormalizer | None = None,
+    values: ValueNormalizer | None = None,
+    lagged: bool = False,
+    corrected: bool = False,
 ) -> TrainingBatch:
-    """Evaluate the critic on every row and on every final observation in one pass, then `gae` (stop 7).
+    """Evaluate the critic on every row and on every final observation in one pass, then `gae` or `vtrace` (stop 7).
 
-    Rows that held no agent are left out of the result. If the batch is ``lagged``, collected under an older version
-    than the network's, the log-probability of its actions now is computed too.
+    Rows that held no agent are left out of the result.
+
+    Args:
+        network: its critic's last layer is changed if ``values`` learn, so that it says the same as before.
+        batch: as collected.
+        ppo: discounts and truncations.
+        normalizer: of observations; only read.
+        rewards: learn the batch's rewards first.
+        values: learn the batch's value targets; ``value`` and ``value_target`` are then in the critic's units.
+        lagged: the batch was collected under an older version than the network's, so that the log-probability of its
+            actions now is to be computed too.
+        corrected: use `vtrace`, for which it must be ``lagged``.
     """
     steps, slots = batch.reward.shape
     width = batch.observation.shape[-1]
     rows = torch.cat([batch.observation.reshape(-1, width), batch.final_observation])
     if normalizer is not None:
         rows = normalizer.apply(rows)
-    values = network.value(rows)
+    said = network.value(rows)
+    if values is not None:
+        said = values.to_reward_units(said)
     count = (steps + 1) * slots
-    value = values[:count].reshape(steps + 1, slots)
-    future = next_values(value, batch.terminated, batch.truncated, batch.final_index, values[count:])
+    value = said[:count].reshape(steps + 1, slots)
+    future = next_values(value, batch.terminated, batch.truncated, batch.final_index, said[count:])
     ended = batch.terminated | batch.truncated
-    advantage = gae(batch.reward, value[:-1], future, ended, batch.valid, gamma, gae_lambda)
+    reward = batch.reward
+    if rewards is not None:
+        rewards.fold(reward, ended, batch.valid, batch.fresh, ppo.gamma)
+        reward = rewards.apply(reward)
     observation = rows[: steps * slots]
     action = batch.action.reshape(steps * slots, -1)
     mask = None if batch.action_mask is None else batch.action_mask.reshape(steps * slots, -1)
-    behavior_log_prob = batch.behavior_log_prob.reshape(-1)
+    behavior = batch.behavior_log_prob.reshape(-1)
+    proximal = network.log_prob(network.policy(observation), action, mask) if lagged else behavior
+    if corrected:
+        importance = (proximal - behavior).exp().reshape(steps, slots)
+        discounts, limits = (ppo.gamma, ppo.gae_lambda), (ppo.vtrace_rho, ppo.vtrace_c)
+        advantage, target = vtrace(reward, value[:-1], future, ended, batch.valid, importance, *discounts, *limits)
+    else:
+        advantage = gae(reward, value[:-1], future, ended, batch.valid, ppo.gamma, ppo.gae_lambda)
+        target = advantage + value[:-1]
     flat = {
         "observation": observation,
         "action": action,
-        "behavior_log_prob": behavior_log_prob,
-        "proximal_log_prob": network.log_prob(network.policy(observation), action, mask)
-        if lagged
-        else behavior_log_prob,
+        "behavior_log_prob": behavior,
+        "proximal_log_prob": proximal,
         "advantage": advantage.reshape(-1),
         "value": value[:-1].reshape(-1),
-        "value_target": (advantage + value[:-1]).reshape(-1),
+        "value_target": target.reshape(-1),
     }
     valid = batch.valid.reshape(-1)
     if not bool(valid.all()):
         flat = {name: array[valid] for name, array in flat.items()}
         mask = None if mask is None else mask[valid]
+    if values is not None:
+        values.fold(flat["value_target"], *network.value_head)
+        flat |= {name: values.to_critic_units(flat[name]) for name in ("value", "value_target")}
     return TrainingBatch(**flat, action_mask=mask)
+
+
+@torch.no_grad()
+def batch_figures(rows: TrainingBatch, network: ActorCritic, values: ValueNormalizer | None = None) -> dict[str, float]:
+    """What an update starts from, by the names in docs/metrics.md."""
+    target, value = rows.value_target, rows.value
+    spread = target.var(correction=0)
+    importance = (rows.proximal_log_prob - rows.behavior_log_prob).exp()
+    figures: dict[str, Tensor] = {
+        "explained_variance": 1 - (target - value).var(correction=0) / spread,
+        "value_mean": value.mean(),
+        "value_target_mean": target.mean(),
+        "value_target_std": spread.sqrt(),
+        "advantage_std": rows.advantage.std(correction=0),
+        "importance_mean": importance.mean(),
+        "importance_max": importance.max(),
+    }
+    if values is not None:
+        for name in ("value_mean", "value_target_mean"):
+            figures[name] = values.to_reward_units(figures[name])
+        figures["value_target_std"] = figures["value_target_std"] * values.deviation
+    if network.log_std is not None:
+        figures["action_std"] = network.log_std.exp().mean()
+    numbers = torch.stack(list(figures.values())).tolist()
+    return dict(zip(figures, numbers, strict=True))

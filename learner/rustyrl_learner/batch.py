@@ -26,6 +26,7 @@ class Batch:
     behavior_log_prob, reward: `[T, B]` float32
     terminated, truncated, valid: `[T, B]` bool
     final_index: `[K, 2]` int64, the (t, b) of each truncated step; final_observation: `[K, width]` float32
+    fresh: `[B]` bool, slots whose episodes began with this batch, whatever was in the one before
     """
 
     observation: Tensor
@@ -38,6 +39,7 @@ class Batch:
     valid: Tensor
     final_index: Tensor
     final_observation: Tensor
+    fresh: Tensor
 
 
 @dataclass(slots=True)
@@ -46,6 +48,7 @@ class _Answer:
 
     first_world: int
     columns: NDArray[np.intp]  # of the batch, for each slot of the rollout
+    fresh: NDArray[np.bool_]  # for each of them
     final_index: NDArray[np.int32]
     final_observation: NDArray[np.float32]
     episodes: EpisodeRows
@@ -117,6 +120,7 @@ class BatchBuffer:
             _Answer(
                 first_world=worlds[0],
                 columns=columns,
+                fresh=np.repeat(np.isin(worlds, rollout.origin.fresh), slots),
                 final_index=rollout.final_index.copy(),
                 final_observation=np.concatenate(seen, axis=1).astype(np.float32),
                 episodes=EpisodeRows(
@@ -141,11 +145,15 @@ class BatchBuffer:
         order = np.lexsort((joined[:, 1], joined[:, 0]))
         final = np.concatenate([answer.final_observation for answer in answers])[order]
         mask = on_device.pop("action_mask", None)
+        fresh = np.zeros(self.worlds * self.spec.slots, bool)
+        for answer in answers:
+            fresh[answer.columns] = answer.fresh
         return Batch(
             **on_device,
             action_mask=mask,
             final_index=torch.from_numpy(joined[order]).to(device),
             final_observation=torch.from_numpy(final).to(device),
+            fresh=torch.from_numpy(fresh).to(device),
         )
 
     def episodes(self) -> EpisodeRows:

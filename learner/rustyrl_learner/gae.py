@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["gae", "next_values"]
+__all__ = ["discounted_sum", "gae", "next_values"]
 
 
 def next_values(
@@ -62,12 +62,17 @@ def gae(
         raise ValueError(f"expected five arrays of one [T, B] shape, got {shapes}")
     delta = torch.where(valid, reward + gamma * next_value - value, 0.0)
     carry = torch.where(ended | ~valid, 0.0, gamma * gae_lambda)
-    advantage = torch.empty_like(delta)
-    running = torch.zeros_like(delta[0])
-    for t in range(delta.shape[0] - 1, -1, -1):
-        running = delta[t] + carry[t] * running
-        advantage[t] = running
-    return advantage
+    return discounted_sum(delta, carry)
+
+
+def discounted_sum(term: Tensor, carry: Tensor) -> Tensor:
+    """``S_t = term_t + carry_t S_{t+1}``, backward from 0, over `[T, B]`."""
+    total = torch.empty_like(term)
+    running = torch.zeros_like(term[0])
+    for t in range(term.shape[0] - 1, -1, -1):
+        running = term[t] + carry[t] * running
+        total[t] = running
+    return total
 
 
 def _check_steps(value: Tensor, terminated: Tensor, truncated: Tensor) -> None:

@@ -28,6 +28,8 @@ def admit(rollout: Rollout, spec: EnvironmentSpec, unroll_length: int, learner_i
         raise WireError("incarnation", f"for learner {origin.learner_incarnation}, this is {learner_incarnation}")
     if origin.fingerprint != spec.fingerprint:
         raise WireError("fingerprint", f"environment {origin.fingerprint}, expected {spec.fingerprint}")
+    if not set(origin.fresh) <= set(origin.ticket.worlds):
+        raise WireError("fresh", f"worlds {origin.fresh} are said to be fresh, the ticket has {origin.ticket.worlds}")
     slots = spec.slots * len(origin.ticket.worlds)
     _check_shapes(rollout, spec, unroll_length, slots)
     _check_ends(rollout, spec, slots)

@@ -24,13 +24,14 @@ from rustyrl.run_folder import read_best
 from rustyrl.spec import EnvironmentSpec
 from rustyrl.stages import Stages
 from rustyrl_learner import checkpoint
-from rustyrl_learner.advantage import training_batch
+from rustyrl_learner.advantage import batch_figures, training_batch
 from rustyrl_learner.checkpoint import Counters
 from rustyrl_learner.checkpoint_writer import CheckpointWriter, Written
 from rustyrl_learner.collector import Collector
 from rustyrl_learner.device import choose_device, default_threads, gpu_figures
 from rustyrl_learner.ppo import ppo_update
 from rustyrl_learner.record import EpisodeWindow, MetricsLog
+from rustyrl_learner.schedule import scheduled
 from rustyrl_learner.training import Training
 
 __all__ = ["Learner", "StopRequestedError", "run_learner"]
@@ -87,6 +88,8 @@ class Learner:
         self._newest_s: dict[str, float] = {}  # of the newest update, by stage
         self._lags: Counter[int] = Counter()  # env steps trained on, by policy lag
 
+        lag, vtrace = config.batch.max_policy_lag, config.ppo.vtrace
+        self._corrected = vtrace == "on" or (vtrace == "auto" and lag > 1)
         self._device = choose_device(config.run.device)
         if self._device.type == "cpu":
             torch.set_num_threads(config.run.threads or default_threads())
@@ -145,7 +148,7 @@ class Learner:
 
     def _update_once(self) -> None:
         """One batch to one policy version: stops 6 to 10 of the straight line."""
-        ppo, stages, training = self._config.ppo, self._stages, self._training
+        stages, training = self._stages, self._training
         with stages("wait"):
             buffer = self._next_batch()
         with stages("batch"):
@@ -154,16 +157,26 @@ class Learner:
         warm_up = training.warming_up
         trained = 0 if warm_up else int(batch.valid.sum())
         self._lags[buffer.number - buffer.policy_version] += trained
-        losses = None
+        losses, figures = None, {}
         if trained:
-            with stages("advantages"):
-                lagged = self._config.batch.max_policy_lag > 0
-                rows = training_batch(
-                    training.network, training.normalizer, batch, ppo.gamma, ppo.gae_lambda, lagged=lagged
-                )
-            with stages("update"), training.whole_or_undone():  # a stop abandons it half-way
-                rate, ask = self._learning_rate(), self._follow_orders
-                losses = ppo_update(training.network, training.optimizer, rows, ppo, rate, training.shuffle, ask)
+            ppo = scheduled(self._config.ppo, self._progress(), self._counters.learning_rate)
+            with training.whole_or_undone():  # a stop abandons it half-way
+                with stages("advantages"):
+                    rows = training_batch(
+                        training.network,
+                        batch,
+                        ppo,
+                        normalizer=training.normalizer,
+                        rewards=training.rewards,
+                        values=training.values,
+                        lagged=self._config.batch.max_policy_lag > 0,
+                        corrected=self._corrected,
+                    )
+                    figures = batch_figures(rows, training.network, training.values)
+                with stages("update"):
+                    rate, ask = ppo.learning_rate, self._follow_orders
+                    losses = ppo_update(training.network, training.optimizer, rows, ppo, rate, training.shuffle, ask)
+            figures |= {"clip": ppo.clip, "entropy_coefficient": ppo.entropy, "gamma": ppo.gamma}
         if training.normalizer is not None:
             with stages("normalize"):
                 training.normalizer.fold(batch.observation[:-1][batch.valid])
@@ -179,7 +192,7 @@ class Learner:
             actor_s, receive_s = buffer.actor_stage_s(), buffer.receive_s
             rejected = "warm-up" if warm_up else None
             self._collector.publish(buffer, self._counters.policy_version, weights, rejected)
-        self._record(asdict(losses) if losses else {}, {"receive_s": receive_s, "actor_s": actor_s})
+        self._record({**asdict(losses), **figures} if losses else {}, {"receive_s": receive_s, "actor_s": actor_s})
 
     def _next_batch(self) -> Any:
         while True:
@@ -199,13 +212,10 @@ class Learner:
         limit = self._config.run.total_steps
         return "total_steps" if limit and self._counters.steps >= limit else None
 
-    def _learning_rate(self) -> float:
-        ppo, limit = self._config.ppo, self._config.run.total_steps
-        if ppo.schedule == "kl":
-            return self._counters.learning_rate
-        if ppo.schedule == "constant":
-            return ppo.learning_rate
-        return ppo.learning_rate * max(0.0, 1.0 - self._counters.steps / limit)
+    def _progress(self) -> float:
+        """How much of the run's steps is trained; 0 where there is no limit."""
+        limit = self._config.run.total_steps
+        return self._counters.steps / limit if limit else 0.0
 
     def _record(self, losses: dict[str, Any], stages_s: dict[str, dict[str, float]]) -> None:
         version, run = self._counters.policy_version, self._config.run
@@ -219,6 +229,7 @@ class Learner:
             "trained_sps": round(self._trained_sps(), 1),
             **self._window.figures(),
             **losses,
+            "lag_steps": self._lag_steps(),
             "learner_s": learner_s,
             **stages_s,
         }
@@ -367,10 +378,14 @@ class Learner:
             "losses": self._losses,
             "stages_s": self._stages_s,
             "update_s": self._newest_s,
-            "lag_steps": {str(lag): steps for lag, steps in sorted(self._lags.items())},
+            "lag_steps": self._lag_steps(),
             "gpu": gpu_figures(self._device),
             **snapshot,
         }
+
+    def _lag_steps(self) -> dict[str, int]:
+        """Env steps that this learner has trained on, by policy lag."""
+        return {str(lag): steps for lag, steps in sorted(self._lags.items())}
 
     def _trained_sps(self) -> float:
         return self._counters.steps / max(self._counters.seconds, 1e-9)

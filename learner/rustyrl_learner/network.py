@@ -127,6 +127,11 @@ class ActorCritic(nn.Module):
         features = self.trunk(x) if self.shared and self.trunk is not None else x
         return self.critic(features).squeeze(-1)  # type: ignore[no-any-return]
 
+    @property
+    def value_head(self) -> tuple[Tensor, Tensor]:
+        """Weight `[in, 1]` and bias `[1]` of the layer that values come from."""
+        return self.critic.weights[-1], self.critic.biases[-1]
+
     def log_prob(self, outputs: Tensor, action: Tensor, mask: Tensor | None = None) -> Tensor:
         """Log-probability `[N]` of raw actions `[N, A]` under these outputs and masks `[N, M]`."""
         return self.distribution.log_prob(outputs, self.log_std, action, mask)

@@ -1,23 +1,26 @@
-"""What training goes on from: networks, optimiser, normaliser and the state of the shuffles."""
+"""What training goes on from: networks, optimiser, statistics and the state of the shuffles."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rustyrl.config import Config
+from rustyrl.config import Config, PPOConfig
 from rustyrl.errors import UsageError
 from rustyrl.spec import EnvironmentSpec
 from rustyrl.weights import PolicySpec, encode_weights, read_policy
 from rustyrl_learner.checkpoint import optimizer_tensors, restore_optimizer
 from rustyrl_learner.network import ActorCritic, export_weights, import_weights
-from rustyrl_learner.normalizer import ObservationNormalizer
+from rustyrl_learner.normalizer import ObservationNormalizer, RewardNormalizer, ValueNormalizer
 
 __all__ = ["Training"]
+
+VALUE_WINDOW = 10  # batches that the value normaliser remembers: targets move as the policy improves
 
 
 class Training:
@@ -41,14 +44,19 @@ class Training:
         self.normalizer: ObservationNormalizer | None = None
         if config.policy.normalize:
             self.normalizer = ObservationNormalizer(spec.observation_width, config.policy.observation_clip, device)
-        self.optimizer = torch.optim.Adam(
-            self.network.parameters(), lr=config.ppo.learning_rate, eps=config.ppo.adam_epsilon, fused=True
-        )
+        slots = spec.slots * config.batch.worlds
+        self.rewards: RewardNormalizer | None = None
+        if config.ppo.normalize_reward:
+            self.rewards = RewardNormalizer(slots, config.ppo.reward_clip, device)
+        self.values: ValueNormalizer | None = None
+        if config.ppo.normalize_value:
+            self.values = ValueNormalizer(VALUE_WINDOW * slots * config.batch.unroll_length, device)
+        self.optimizer = _make_optimizer(self.network, config.ppo)
 
     @property
     def warming_up(self) -> bool:
         """Whether the normaliser has seen nothing yet, so that the next batch only initialises it."""
-        return self.normalizer is not None and self.normalizer.count == 0
+        return self.normalizer is not None and self.normalizer.statistics.count == 0
 
     def weights(self) -> bytes:
         """The policy as actors, checkpoints and games read it."""
@@ -60,9 +68,11 @@ class Training:
         tensors |= optimizer_tensors(self.optimizer)
         tensors["shuffle"] = self.shuffle.get_state()
         if self.normalizer is not None:
-            tensors["normalizer.mean"] = self.normalizer.mean
-            tensors["normalizer.variance"] = self.normalizer.variance
-            tensors["normalizer.count"] = torch.tensor([self.normalizer.count], dtype=torch.float64)
+            tensors |= self.normalizer.statistics.tensors("normalizer")
+        if self.rewards is not None:
+            tensors |= {**self.rewards.statistics.tensors("rewards"), "rewards.carried": self.rewards.carried}
+        if self.values is not None:
+            tensors |= self.values.statistics.tensors("values")
         return tensors
 
     def set_state(self, tensors: dict[str, Tensor]) -> None:
@@ -72,8 +82,15 @@ class Training:
         restore_optimizer(self.optimizer, tensors)
         self.shuffle.set_state(tensors["shuffle"])
         if self.normalizer is not None and "normalizer.mean" in tensors:
-            arrays = {name: t.cpu().numpy() for name, t in tensors.items() if name.startswith("normalizer.")}
-            self.normalizer.set_arrays(arrays)
+            self.normalizer.statistics.set_tensors("normalizer", tensors)
+        if self.rewards is not None and "rewards.mean" in tensors:
+            self.rewards.statistics.set_tensors("rewards", tensors)
+            self.rewards.carried = tensors["rewards.carried"].to(self.rewards.carried)
+        if "values.mean" in tensors:
+            values = self.values or ValueNormalizer(1, torch.device("cpu"))
+            values.statistics.set_tensors("values", tensors)
+            if self.values is None:  # it was switched off: the critic is to speak in the units of the rewards again
+                values.leave(*self.network.value_head)
 
     def start_from(self, path: Path) -> None:
         """Take weights and normaliser of a policy file; the critic and the optimiser start anew."""
@@ -91,3 +108,16 @@ class Training:
         except BaseException:
             self.set_state(before)
             raise
+
+
+def _make_optimizer(network: ActorCritic, ppo: PPOConfig) -> torch.optim.Optimizer:
+    parameters = list(network.parameters())
+    if ppo.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=ppo.learning_rate, eps=ppo.adam_epsilon, fused=True)
+    # Of layers only: a log_std that decays would draw every policy to the same width. Its place among the parameters
+    # is the first, so that both optimisers number them alike in a checkpoint.
+    layers = [p for p in parameters if p is not network.log_std]
+    groups: list[dict[str, Any]] = [{"params": layers, "weight_decay": ppo.weight_decay}]
+    if network.log_std is not None:
+        groups.insert(0, {"params": [network.log_std], "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, lr=ppo.learning_rate, eps=ppo.adam_epsilon, fused=True)
