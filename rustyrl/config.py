@@ -61,7 +61,7 @@ class ActorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     stagger: Annotated[
         bool,
-        _help("first episodes start with a random part of their step limit used, so that ends spread out"),
+        _help("first episodes have a random part of their step limit only, so that ends spread out"),
     ] = True
     poison: Annotated[bool, _help("fill new rollouts with a pattern that no step writes (tests)")] = False
 

@@ -43,3 +43,14 @@ def test_world_overhead_accounts_for_the_whole_step(tmp_path):
         parts = sum(row[f"{part}_us"] for part in ("tick", "observe", "reset", "framework"))
         assert abs(parts - row["step_us"]) < 0.1
         assert 0 < row["share"] < 1
+
+
+def test_policy_lag_compares_lags_with_and_without_vtrace(tmp_path):
+    tiny = ["--seeds", "1", "--env", "cartpole", "--lag", "2", "--total-steps", "40000"]
+    content, said = run(tmp_path, "policy_lag.py", *tiny, "--jobs", "2", "--plot", str(tmp_path / "lag.svg"))
+    assert [(row["lag"], row["vtrace"]) for row in content["rows"]] == [(2, "off"), (2, "on")]
+    plain, corrected = content["runs"]
+    assert plain["importance_max"] > 1  # there was something to correct,
+    assert plain["return_overall"] != corrected["return_overall"]  # and it made a difference
+    assert "| cartpole | 2 | on |" in said
+    assert "<polyline" in (tmp_path / "lag.svg").read_text()

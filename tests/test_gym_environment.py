@@ -529,6 +529,32 @@ def test_the_step_limit_can_be_set(make: Any, env: str) -> None:
         assert rows.truncated.tolist() == [step == 4] * SLOTS
 
 
+def test_first_episodes_of_copies_end_at_different_times_and_are_truncated() -> None:
+    """MountainCar rolls to and fro in the valley until its limit."""
+    source = find_environment("gym:MountainCar-v0", {"slots": 8, "max_episode_steps": 40})
+    rows = allocate_rows(source.spec)
+    ends: dict[int, list[int]] = {slot: [] for slot in range(8)}
+    with closing(source.make(stagger=True)) as environment:
+        environment.reset((3, 0, 0), rows)
+        for step in range(1, 101):
+            before = {name: array.copy() for name, array in rows.observation.items()}
+            said = environment.step({"main": np.ones(8, np.int64)}, rows)
+            assert not rows.terminated.any()
+            cut = np.flatnonzero(rows.truncated)
+            for slot in cut:
+                ends[slot].append(step)
+            if cut.size:
+                assert said.episodes is not None
+                assert said.final_observation is not None
+                assert said.episodes.slot.tolist() == cut.tolist()
+                moved = said.final_observation["main"][:, 0] - before["main"][cut, 0]
+                np.testing.assert_allclose(moved, said.final_observation["main"][:, 1], atol=1e-6)  # by its velocity
+    firsts = [steps[0] for steps in ends.values()]
+    assert len(set(firsts)) > 4
+    assert max(firsts) <= 40
+    assert all((np.diff(steps) == 40).all() for steps in ends.values())
+
+
 @pytest.mark.parametrize("env", ["gym:CartPole-v1", "gym:MountainCar-v0"])
 def test_the_step_limit_can_be_taken_away(make: Any, env: str) -> None:
     environment, rows = make(env, max_episode_steps=-1)

@@ -109,7 +109,11 @@ def _find_gym(env: str, settings: dict[str, Any]) -> EnvironmentSource:
     slots = _pop_slots(settings, GYM_SLOTS)
     spec, about = describe_gym(env, env.removeprefix(GYM_PREFIX), slots, settings)
     spec = as_others_see_it(spec)
-    return EnvironmentSource(spec, None, about, resizable, lambda _stagger: GymEnvironment(spec, settings))
+
+    def make(stagger: bool) -> Environment:
+        return GymEnvironment(spec, settings, stagger=stagger)
+
+    return EnvironmentSource(spec, None, about, resizable, make)
 
 
 def _pop_slots(settings: dict[str, Any], default: int) -> int:

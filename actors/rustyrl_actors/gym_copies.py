@@ -42,9 +42,17 @@ class GymCopies:
         self._reader = GymReader(env, envs[0].observation_space)
         self._has_parts = has_parts(self.action_space)
         self._is_number = [isinstance(leaf, spaces.Discrete) for _, leaf in leaves(self.action_space)]
+        self._left = [0] * len(envs)  # env steps until the first episode of a slot is cut short; 0 is never
 
-    def reset(self, seeds: Sequence[int], out: Arrays) -> None:
-        """Start new episodes, one seed a slot, and write their first observations."""
+    def reset(self, seeds: Sequence[int], out: Arrays, first_lengths: Sequence[int] = ()) -> None:
+        """Start new episodes, one seed a slot, and write their first observations.
+
+        Args:
+            seeds: one for each slot.
+            out: written.
+            first_lengths: env steps after which these first episodes are truncated, if they last so long.
+        """
+        self._left = list(first_lengths) or [0] * len(self._envs)
         self._reader.read_each([env.reset(seed=seed)[0] for env, seed in zip(self._envs, seeds, strict=True)], out)
 
     def step(self, actions: list[NDArray[Any]], out: StepRows) -> Arrays | None:
@@ -55,10 +63,14 @@ class GymCopies:
         for slot, (env, action) in enumerate(zip(self._envs, self._each(actions), strict=True)):
             seen, reward, terminated, truncated, _ = env.step(action)
             out.reward[slot] = self._number(reward)
+            if self._left[slot]:
+                self._left[slot] -= 1
+                truncated = truncated or not self._left[slot]
             out.terminated[slot], out.truncated[slot] = bool(terminated), bool(truncated)
             if terminated or truncated:
                 last.append(copy.deepcopy(seen))  # the reset may write into the same arrays
                 seen, _ = env.reset()
+                self._left[slot] = 0
             now.append(seen)
         self._reader.read_each(now, out.observation)
         return self._reader.read_each(last) if last else None

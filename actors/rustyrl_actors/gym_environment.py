@@ -68,23 +68,31 @@ class GymEnvironment:
     """E copies of a Gymnasium environment: its own batched implementation where it has one, else one after another.
 
     Whatever way of resetting the batch has, what comes out is the same-step reset of the contract; an env step that a
-    next-step reset spends on resetting is a row that is not valid.
+    next-step reset spends on resetting is a row that is not valid. With ``stagger`` the first episode of each copy is
+    truncated after a random part of its step limit, so that later ones do not all end together; a batch has no way to
+    be asked for that.
     """
 
-    def __init__(self, spec: EnvironmentSpec, settings: Mapping[str, Any]) -> None:
+    def __init__(self, spec: EnvironmentSpec, settings: Mapping[str, Any], *, stagger: bool = False) -> None:
         self.spec = spec
         self.place = Place(spec.env)
         made = make_gym(spec.env, spec.env.partition(":")[2], spec.slots, settings, copies=spec.slots)
         self._copies = GymCopies(spec.env, made) if isinstance(made, list) else GymBatch(spec.env, made)
         self._acted = [GymAction(name, leaf) for name, leaf in leaves(self._copies.action_space)]
         self._tally = EpisodeTally(spec.slots)
+        self._stagger = stagger and spec.max_episode_steps < NO_LIMIT
 
     def reset(self, seed: tuple[int, ...], out: StepRows) -> None:
         """Start new episodes in every slot, write their first observation, and seed what follows."""
         self.place = Place(self.spec.env, seed)
         self._tally.clear()
         seeds = [np.random.SeedSequence((*seed, slot)).generate_state(1)[0] for slot in range(self.spec.slots)]
-        self._copies.reset([int(one) >> 1 for one in seeds], out.observation)  # 31 bits: not all take 32
+        numbers = [int(one) >> 1 for one in seeds]  # 31 bits: not all take 32
+        if self._stagger and isinstance(self._copies, GymCopies):
+            lengths = np.random.default_rng(seed).integers(1, self.spec.max_episode_steps + 1, self.spec.slots)
+            self._copies.reset(numbers, out.observation, lengths.tolist())
+        else:
+            self._copies.reset(numbers, out.observation)
 
     def step(self, action: Arrays, out: StepRows) -> TimeStep:
         """Step every slot in one call, write the outcome into ``out``, have what ended reset."""
