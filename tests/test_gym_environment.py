@@ -627,6 +627,10 @@ def test_every_environment_that_gymnasium_comes_with(env_id: str, needs: str) ->
         with pytest.raises(UsageError, match=r"is not installed|No module named"):
             find_environment(f"gym:{env_id}", {})
         return
+    if env_id == "Pusher-v4":  # kept by Gymnasium for a version of its engine that is gone
+        with pytest.raises(UsageError, match="only supported on"):
+            find_environment(f"gym:{env_id}", {})
+        return
     (rollout,) = record(f"gym:{env_id}", {}, steps=30, batches=1)
     assert rollout.valid.any()
     assert (rollout.reward != 0).any() or env_id.startswith(("Frozen", "MountainCarC", "Blackjack"))
