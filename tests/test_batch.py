@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import msgspec
 import numpy as np
@@ -286,6 +286,17 @@ def test_a_placed_rollout_may_be_overwritten_by_the_next_message() -> None:
 def test_seconds_of_actors_are_summed_by_stage() -> None:
     buffer = filled([rollout_of(worlds) for worlds in OWNERSHIPS["four actors"]])
     assert buffer.actor_stage_s() == {"act": 4.0, "step": 8.0}
+
+
+@pytest.mark.parametrize("owners", OWNERSHIPS.values(), ids=OWNERSHIPS.keys())
+def test_slots_of_worlds_that_began_anew_are_marked(owners: list[tuple[int, ...]]) -> None:
+    began = {0, 3}
+    for order in itertools.permutations(owners):
+        rollouts = [rollout_of(worlds) for worlds in order]
+        for worlds, rollout in zip(order, rollouts, strict=True):
+            rollout.origin = replace(rollout.origin, fresh=tuple(began.intersection(worlds)))
+        batch = filled(rollouts).to_device(CPU)
+        assert batch.fresh.tolist() == [True] * SLOTS + [False] * 2 * SLOTS + [True] * SLOTS
 
 
 def network_of(spec: EnvironmentSpec = SPEC, *, shared: bool = False) -> ActorCritic:

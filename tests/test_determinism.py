@@ -10,9 +10,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 from clusters import WORLDS
 
@@ -21,22 +22,35 @@ from rustyrl.channels import RolloutReceiver
 from rustyrl.processes import actor_environment
 from rustyrl.spec import EnvironmentSpec
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rustyrl_learner.batch import Batch
+    from rustyrl_learner.training import Training
+
 COUNTING = f"{WORLDS}/counting.py:Counting"
 SHAPE = ("--set", "batch.worlds=4", "--set", "env.slots=8", "--set", "batch.unroll_length=16")
 
 
-def first_batch(config: Config, spec: EnvironmentSpec, actors: int, tmp_path: Path) -> dict[str, np.ndarray]:
+def training_of(config: Config, spec: EnvironmentSpec) -> Training:
+    import torch
+
+    from rustyrl_learner.training import Training
+
+    training = Training(config, spec, torch.device("cpu"))
+    if training.normalizer is not None:  # as after a warm-up
+        training.normalizer.fold(torch.randn((100, spec.observation_width), generator=torch.Generator().manual_seed(0)))
+    return training
+
+
+def first_batch(config: Config, spec: EnvironmentSpec, actors: int, tmp_path: Path) -> Batch:
     """Batch 0 as the learner's collector puts it together from this many real actor processes."""
     import torch
 
-    from rustyrl.weights import PolicySpec, encode_weights
     from rustyrl_learner.collector import Collector
-    from rustyrl_learner.network import ActorCritic, export_weights
 
-    torch.manual_seed(5)
-    policy = PolicySpec(spec.observation, spec.action, (16, 16), "tanh", normalize=False)
-    weights = encode_weights(export_weights(ActorCritic(policy, shared=False, initial_log_std=0.0), None))
     receiver = RolloutReceiver(f"ipc://{tmp_path}/link{actors}")
+    weights = training_of(config, spec).weights()
     collector = Collector(receiver, spec, config, 0, actors, 0, weights, pin=False)
     collector.start()
     command = [sys.executable, "-m", "rustyrl_actors", "run", "--join", receiver.address]
@@ -47,25 +61,60 @@ def first_batch(config: Config, spec: EnvironmentSpec, actors: int, tmp_path: Pa
     try:
         buffer = collector.next_batch(60.0)
         assert buffer is not None
-        batch = buffer.to_device(torch.device("cpu"))
-        tensors = {name: getattr(batch, name) for name in batch.__slots__}
-        return {name: tensor.numpy().copy() for name, tensor in tensors.items() if tensor is not None}
+        return buffer.to_device(torch.device("cpu"))
     finally:
         collector.close()
         for process in processes:
             assert process.wait(20) == 0
 
 
-@pytest.mark.parametrize("env", ["drone", "cartpole"])
-def test_first_batch_of_1_2_and_4_actors_is_the_same_experience(env, tmp_path):
-    layers = {"run": {"env": env, "seed": 7}, "env": {"slots": 8}, "batch": {"worlds": 4, "unroll_length": 24}}
+def updated(config: Config, spec: EnvironmentSpec, batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """How far the learner's own update on a batch moves every parameter, and its figures."""
+    from dataclasses import asdict
+
+    from rustyrl_learner.advantage import training_batch
+    from rustyrl_learner.ppo import ppo_update
+
+    training, ppo = training_of(config, spec), config.ppo
+    before = {name: p.detach().clone() for name, p in training.network.named_parameters()}
+    scales: dict[str, Any] = {"rewards": training.rewards, "values": training.values}
+    lagged = config.batch.max_policy_lag > 0
+    rows = training_batch(training.network, batch, ppo, normalizer=training.normalizer, lagged=lagged, **scales)
+    losses = ppo_update(training.network, training.optimizer, rows, ppo, ppo.learning_rate, training.shuffle)
+    moved = {name: p.detach() - before[name] for name, p in training.network.named_parameters()}
+    return moved, asdict(losses)
+
+
+@pytest.mark.parametrize(("env", "actors"), [("drone", (1, 2, 8)), ("cartpole", (1, 3))], ids=str)
+def test_the_first_batch_is_the_same_and_gives_the_same_update_however_many_actors(env, actors, tmp_path, one_thread):
+    """To rounding: actors multiply matrices of fewer rows, which may add up in another order."""
+    from torch.testing import assert_close
+
+    layers = {
+        "run": {"env": env, "seed": 7},
+        "env": {"slots": 8},
+        "batch": {"worlds": 8, "unroll_length": 24},
+        "policy": {"hidden": [16, 16]},
+        "ppo": {"epochs": 2, "minibatch_size": 256, "normalize_reward": True, "normalize_value": True},
+    }
     config, spec = configure(layers)
-    one, two, four = (first_batch(config, spec, actors, tmp_path) for actors in (1, 2, 4))
-    assert one["observation"].std() > 0
-    for name, array in one.items():
-        for other in (two, four):
-            assert array.shape == other[name].shape
-            np.testing.assert_allclose(array, other[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    one, *others = (first_batch(config, spec, count, tmp_path) for count in actors)
+    assert one.observation.std() > 0
+    assert one.fresh.all()
+    moved, losses = updated(config, spec, one)
+    assert losses["approx_kl"] > 1e-4
+    for other in others:
+        for field in fields(one):
+            ours, theirs = getattr(one, field.name), getattr(other, field.name)
+            assert_close(theirs, ours, rtol=1e-5, atol=1e-5, msg=lambda text, name=field.name: f"{name}: {text}")
+        as_far, as_lossy = updated(config, spec, other)
+        assert as_lossy == pytest.approx(losses, rel=1e-4, abs=1e-6)
+        for name, step in moved.items():
+            farthest = float(step.abs().max())
+            assert farthest > 0
+            assert_close(
+                as_far[name], step, rtol=0, atol=1e-3 * farthest, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 @contextmanager

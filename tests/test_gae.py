@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from steps import Steps, every_mix, literal_next_value, random_steps
 
 from rustyrl_learner.gae import gae, next_values
 
@@ -17,66 +16,6 @@ DISCOUNTS = [(0.99, 0.95), (0.9, 0.5), (1.0, 1.0), (0.97, 0.0), (0.0, 0.9)]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@dataclass
-class Steps:
-    """Random steps that keep the contract: a slot empties only after an end."""
-
-    reward: Tensor
-    value: Tensor
-    terminated: Tensor
-    truncated: Tensor
-    valid: Tensor
-    final_index: Tensor
-    final_value: Tensor
-
-    @property
-    def ended(self) -> Tensor:
-        return self.terminated | self.truncated
-
-    def future(self) -> Tensor:
-        return next_values(self.value, self.terminated, self.truncated, self.final_index, self.final_value)
-
-    def advantage(self, gamma: float, gae_lambda: float) -> Tensor:
-        return gae(self.reward, self.value[:-1], self.future(), self.ended, self.valid, gamma, gae_lambda)
-
-
-def random_steps(seed: int) -> Steps:
-    """Mixes of terminated, truncated, both, empty rows, and columns that are cut by the end of the rollout."""
-    rng = np.random.default_rng(seed)
-    steps, slots = int(rng.integers(1, 14)), int(rng.integers(1, 6))
-    terminated, truncated, valid = (np.zeros((steps, slots), bool) for _ in range(3))
-    for b in range(slots):
-        alive = rng.random() < 0.8
-        for t in range(steps):
-            if not alive:
-                alive = rng.random() < 0.4
-                continue
-            valid[t, b] = True
-            terminated[t, b] = rng.random() < 0.15
-            truncated[t, b] = rng.random() < 0.15
-            if terminated[t, b] or truncated[t, b]:
-                alive = rng.random() < 0.6
-    final_index = rng.permutation(np.argwhere(truncated))  # in any order
-    return Steps(
-        reward=torch.from_numpy(rng.standard_normal((steps, slots)).astype(np.float32)),
-        value=torch.from_numpy(rng.standard_normal((steps + 1, slots)).astype(np.float32)),
-        terminated=torch.from_numpy(terminated),
-        truncated=torch.from_numpy(truncated),
-        valid=torch.from_numpy(valid),
-        final_index=torch.from_numpy(final_index.reshape(-1, 2).astype(np.int64)),
-        final_value=torch.from_numpy(rng.standard_normal(len(final_index)).astype(np.float32)),
-    )
-
-
-def literal_next_value(steps: Steps, t: int, b: int) -> float:
-    if steps.terminated[t, b]:
-        return 0.0
-    if steps.truncated[t, b]:
-        (row,) = [k for k, (i, j) in enumerate(steps.final_index.tolist()) if (i, j) == (t, b)]
-        return steps.final_value[row].item()
-    return steps.value[t + 1, b].item()
 
 
 def literal_advantage(steps: Steps, t: int, b: int, gamma: float, gae_lambda: float) -> float:
@@ -119,6 +58,16 @@ def test_advantages_equal_the_literal_twin(seed: int, gamma: float, gae_lambda: 
     for t, b in np.ndindex(*steps.reward.shape):
         expected = literal_advantage(steps, t, b, gamma, gae_lambda)
         assert advantage[t, b].item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_every_mix_of_ends_and_empty_rows_equals_the_literal_twin() -> None:
+    steps = every_mix(3)
+    advantage, future = steps.advantage(0.97, 0.9), steps.future()
+    assert advantage.shape == (3, 115)
+    for t, b in np.ndindex(*steps.reward.shape):
+        assert advantage[t, b].item() == pytest.approx(literal_advantage(steps, t, b, 0.97, 0.9), rel=1e-5, abs=1e-5)
+        if steps.valid[t, b]:
+            assert future[t, b].item() == literal_next_value(steps, t, b)
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -1e30])

@@ -24,6 +24,7 @@ from rustyrl_learner.ppo import Losses, TrainingBatch, kl_estimate, policy_loss,
 WIDTH = 5
 ACTIONS = {
     "box": ActionSpec("box", shape=(3,), low=(-1.0,) * 3, high=(1.0,) * 3),
+    "squashed": ActionSpec("box", shape=(3,), low=(-1.0, 0.0, 2.0), high=(1.0, 5.0, 2.5)),
     "discrete": ActionSpec("discrete", counts=(4,)),
     "masked": ActionSpec("discrete", counts=(4,), masked=True),
 }
@@ -53,7 +54,8 @@ def network_of(
 ) -> ActorCritic:
     """A network whose policy is far from flat, so that a wrong gradient shows."""
     observation = (ArraySpec("main", (WIDTH,), "float32"),)
-    spec = PolicySpec(observation, (ACTIONS[kind],), (24, 8), activation, normalize=False)
+    box: Literal["clipped", "squashed"] = "squashed" if kind == "squashed" else "clipped"
+    spec = PolicySpec(observation, (ACTIONS[kind],), (24, 8), activation, normalize=False, box=box)
     torch.manual_seed(seed)
     network = ActorCritic(spec, shared=shared, initial_log_std=-0.3)
     with torch.no_grad():
@@ -225,6 +227,15 @@ def literal_minibatch(network: ActorCritic, batch: TrainingBatch, config: PPOCon
     if network.spec.action[0].kind == "box":
         normal = torch.distributions.Normal(outputs, p["log_std"].exp().expand_as(outputs))
         log_prob, entropy = normal.log_prob(batch.action.double()).sum(1), normal.entropy().sum(1).mean()
+        if network.spec.box == "squashed":
+            part = network.spec.action[0]
+            half = (torch.tensor(part.high) - torch.tensor(part.low)).double() / 2
+            log_prob = log_prob - (half / torch.cosh(batch.action.double()) ** 2).log().sum(1)
+            # What the tanh adds, by the trapezoidal rule over 8 deviations to both sides.
+            z = torch.linspace(-8, 8, 401, dtype=torch.float64)
+            slope = half[:, None] / torch.cosh(outputs[..., None] + p["log_std"].exp()[:, None] * z) ** 2
+            density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+            entropy = entropy + torch.trapezoid(slope.log() * density, z).sum(1).mean()
     else:
         # A choice that is not allowed has probability 0, so nothing of it is left in any sum or gradient.
         odds = outputs.exp() if batch.action_mask is None else outputs.exp() * batch.action_mask
@@ -261,7 +272,8 @@ def literal_minibatch(network: ActorCritic, batch: TrainingBatch, config: PPOCon
 @pytest.mark.parametrize("config", [PLAIN, with_config(value_clip=0.2, entropy=0.05), with_config(clip=0.05)])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "activation"), [("box", "tanh"), ("discrete", "elu"), ("masked", "relu"), ("box", "silu")]
+    ("kind", "activation"),
+    [("box", "tanh"), ("squashed", "tanh"), ("discrete", "elu"), ("masked", "relu"), ("box", "silu")],
 )
 @pytest.mark.parametrize("lag", [0.0, 0.6])
 def test_the_loss_and_gradient_of_a_minibatch_equal_the_literal_twin(

@@ -13,7 +13,12 @@ from rustyrl_learner.normalizer import ObservationNormalizer, RewardNormalizer, 
 from rustyrl_learner.ppo import TrainingBatch
 from rustyrl_learner.vtrace import vtrace
 
-__all__ = ["batch_figures", "training_batch"]
+__all__ = ["batch_figures", "training_batch", "uses_vtrace"]
+
+
+def uses_vtrace(ppo: PPOConfig, max_policy_lag: int) -> bool:
+    """Whether batches of such a lag are corrected for it."""
+    return ppo.vtrace == "on" or (ppo.vtrace == "auto" and max_policy_lag > 1)
 
 
 @torch.no_grad()
@@ -93,11 +98,12 @@ def training_batch(
 @torch.no_grad()
 def batch_figures(rows: TrainingBatch, network: ActorCritic, values: ValueNormalizer | None = None) -> dict[str, float]:
     """What an update starts from, by the names in docs/metrics.md."""
-    target, value = rows.value_target, rows.value
+    target, value = rows.value_target.double(), rows.value.double()
     spread = target.var(correction=0)
-    importance = (rows.proximal_log_prob - rows.behavior_log_prob).exp()
+    unexplained = (target - value).var(correction=0)
+    importance = (rows.proximal_log_prob - rows.behavior_log_prob).double().exp()
     figures: dict[str, Tensor] = {
-        "explained_variance": 1 - (target - value).var(correction=0) / spread,
+        "explained_variance": torch.where(spread > 0, 1 - unexplained / spread, 0.0),  # of nothing, nothing
         "value_mean": value.mean(),
         "value_target_mean": target.mean(),
         "value_target_std": spread.sqrt(),

@@ -24,7 +24,7 @@ from rustyrl.run_folder import read_best
 from rustyrl.spec import EnvironmentSpec
 from rustyrl.stages import Stages
 from rustyrl_learner import checkpoint
-from rustyrl_learner.advantage import batch_figures, training_batch
+from rustyrl_learner.advantage import batch_figures, training_batch, uses_vtrace
 from rustyrl_learner.checkpoint import Counters
 from rustyrl_learner.checkpoint_writer import CheckpointWriter, Written
 from rustyrl_learner.collector import Collector
@@ -88,8 +88,7 @@ class Learner:
         self._newest_s: dict[str, float] = {}  # of the newest update, by stage
         self._lags: Counter[int] = Counter()  # env steps trained on, by policy lag
 
-        lag, vtrace = config.batch.max_policy_lag, config.ppo.vtrace
-        self._corrected = vtrace == "on" or (vtrace == "auto" and lag > 1)
+        self._corrected = uses_vtrace(config.ppo, config.batch.max_policy_lag)
         self._device = choose_device(config.run.device)
         if self._device.type == "cpu":
             torch.set_num_threads(config.run.threads or default_threads())

@@ -50,8 +50,9 @@ class ObservationNormalizer:
 class RewardNormalizer:
     """Divides rewards by the running deviation of the discounted return so far, and clips them.
 
-    The return of a slot is summed up from the start of its episode, step by step, and never looks ahead (OpenAI
-    baselines' VecNormalize); rewards are not shifted, since that would change what an episode's length is worth.
+    The return of a slot is summed up from the start of its episode, or of the first batch that is learned from, step by
+    step, and never looks ahead (OpenAI baselines' VecNormalize); rewards are not shifted, since that would change what
+    an episode's length is worth.
 
     carried: `[B]` float64, the return so far of the episode that each slot is in
     """
@@ -73,7 +74,7 @@ class RewardNormalizer:
         """
         running = self.carried.masked_fill(fresh, 0.0)
         known = reward.double().masked_fill(~valid, 0.0)
-        keep = torch.where(valid, gamma, 1.0).double()  # nothing passes for a slot without an agent
+        keep = torch.ones_like(known).masked_fill_(valid, gamma)  # nothing passes for a slot without an agent
         seen = torch.empty_like(known)
         for t in range(reward.shape[0]):
             running = running * keep[t] + known[t]

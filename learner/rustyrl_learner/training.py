@@ -85,7 +85,9 @@ class Training:
             self.normalizer.statistics.set_tensors("normalizer", tensors)
         if self.rewards is not None and "rewards.mean" in tensors:
             self.rewards.statistics.set_tensors("rewards", tensors)
-            self.rewards.carried = tensors["rewards.carried"].to(self.rewards.carried)
+            carried = tensors["rewards.carried"].to(self.rewards.carried)
+            if carried.shape == self.rewards.carried.shape:  # else batch.worlds is another and all of them begin anew
+                self.rewards.carried = carried
         if "values.mean" in tensors:
             values = self.values or ValueNormalizer(1, torch.device("cpu"))
             values.statistics.set_tensors("values", tensors)
