@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow test-faults docker-test check format clean
+.PHONY: help setup train test test-slow test-faults docker-test verify-quick check format clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ test-faults: $(STAMP) ## break clusters in every way for half an hour; FAULTS_MI
 
 docker-test: $(STAMP) ## build the images, and run, kill and scale a cluster of containers
 	$(BIN)/pytest -v -m docker tests/test_containers.py
+
+verify-quick: $(STAMP) ## hold learning on CartPole and Acrobot against published scores, in under 5 minutes
+	$(BIN)/rustyrl verify cartpole cartpole-zoo acrobot --seeds 1 --lag 1
 
 format: $(STAMP) ## format and mend what can be mended
 	$(BIN)/ruff format .
