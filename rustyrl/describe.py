@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from rustyrl.config import Config, Layer, build_config
+from rustyrl.defaults import recommend
 from rustyrl.errors import RunFailedError, UsageError
 from rustyrl.processes import actor_environment
 from rustyrl.spec import EnvironmentSpec, read_spec
@@ -48,7 +49,7 @@ def list_environments() -> list[dict[str, Any]]:
 
 
 def configure(*layers: Layer) -> tuple[Config, EnvironmentSpec]:
-    """Join configuration layers on top of what their world recommends, and describe that world.
+    """Join configuration layers on top of what suits their world and what its author recommends; describe that world.
 
     Raises:
         UsageError: no environment is named, or anything in the layers does not fit.
@@ -58,7 +59,8 @@ def configure(*layers: Layer) -> tuple[Config, EnvironmentSpec]:
         raise UsageError("no environment is named; `rustyrl envs` lists the built-in ones")
     env = anchored(asked.run.env)
     spec = describe(env, asked.env)
-    config = build_config(spec.defaults, *layers, {"run": {"env": env}})
+    asked_for = build_config(spec.defaults, *layers)
+    config = build_config(recommend(spec, asked_for), spec.defaults, *layers, {"run": {"env": env}})
     return config, spec
 
 

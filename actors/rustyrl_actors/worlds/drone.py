@@ -249,8 +249,8 @@ def drone_info(parameters: DroneParameters) -> WorldInfo:
         evaluate_from=("length_mean>=150",),  # most stay in the air for 3 s; training noise hides the rest
         defaults={
             "run": {"eval_every": 8},
-            "policy": {"activation": "relu", "normalize": False},  # observations are of order one already
-            "ppo": {"target_kl": 0.02},
+            "policy": {"activation": "relu", "normalize": False},  # observations are of order one already,
+            "ppo": {"target_kl": 0.02, "normalize_value": False},  # and so are values
         },
     )
 
