@@ -1,4 +1,4 @@
-"""One training run in a process of its own: ``python -m rustyrl.trial``, which `rustyrl.verify` starts.
+"""One training run in a process of its own: ``python -m rustyrl.trial``, which `rustyrl.trials` starts.
 
 A run of its own process takes signals, crashes and ends by itself, and several go on side by side.
 """

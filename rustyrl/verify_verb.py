@@ -17,8 +17,9 @@ from rustyrl.cluster_verbs import Json, print_json
 from rustyrl.errors import UsageError
 from rustyrl.presets import PRESETS, choose_presets
 from rustyrl.run_folder import RUNS, write_atomic
+from rustyrl.trials import Outcome, Outcomes, Trial, plan, run_trials
 from rustyrl.units import count, short, span
-from rustyrl.verify import Outcome, Outcomes, Trial, check_packages, machine, plan, result_rows, run_trials
+from rustyrl.verify import check_packages, machine, result_rows
 
 __all__ = ["app"]
 

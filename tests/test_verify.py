@@ -22,17 +22,8 @@ from rustyrl.cli import app
 from rustyrl.config import ActorConfig, BatchConfig, PolicyConfig, PPOConfig
 from rustyrl.errors import UsageError
 from rustyrl.presets import PRESETS, choose_presets
-from rustyrl.verify import (
-    Outcome,
-    Trial,
-    check_packages,
-    judge,
-    plan,
-    read_score,
-    result_rows,
-    run_trials,
-    trial_config,
-)
+from rustyrl.trials import Outcome, Trial, plan, read_score, run_trials, trial_config
+from rustyrl.verify import check_packages, judge, result_rows
 from rustyrl.verify_verb import print_rows
 
 OF_THE_KL_SCHEDULE = {"target_kl", "min_learning_rate", "max_learning_rate"}  # which no preset has
