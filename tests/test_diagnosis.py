@@ -373,6 +373,14 @@ def test_a_policy_may_become_deterministic_when_it_got_better():
     assert course.go(100, batch_of(), episodes_of([1.0, 3.0]), entropy=0.5) == []  # it is not collapsed now
 
 
+def test_a_policy_that_tries_something_now_and_then_is_not_collapsed():
+    course, returns = Course(), episodes_of([1.0, 3.0])
+    for _ in range(10):
+        assert course.go(1, batch_of(), returns, entropy=0.5) == []
+        assert course.go(9, batch_of(), returns, entropy=1e-5) == []
+    assert course.go(1, batch_of(), returns, entropy=1e-5) == ["entropy_collapse"]
+
+
 def test_a_better_return_is_one_beyond_what_chance_would_give():
     first = episodes_of([0.0, 10.0])
     assert collapse(Course(), first, episodes_of(5.0), 1e-5, batch_of()) == ["entropy_collapse"]
