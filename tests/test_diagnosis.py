@@ -250,7 +250,6 @@ def test_few_long_episodes_without_a_reward_are_enough_after_many_steps(monkeypa
 
 def test_a_reward_in_a_row_without_an_agent_is_none():
     batch = batch_of(0.0)
-    batch.reward[0, 0] = math.nan
     batch.reward[1, 0] = 5.0
     batch.valid[:2, 0] = False
     assert Course().go(40, batch, episodes_of(0.0)) == ["rewards_equal"]
