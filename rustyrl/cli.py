@@ -347,6 +347,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
     table.add_row("bottleneck", summary["bottleneck"])
     for name, value in (summary["eval"] or {}).items():
         table.add_row(name, "-" if value is None else f"{value:.6g}")
+    for finding in summary["findings"]:
+        table.add_row("finding", finding["message"])
     table.add_row("run folder", str(run))
     table.add_row("policy", str(run / "policy.safetensors"))
     table.add_row("metrics", f"{run / 'metrics.jsonl'}; tensorboard --logdir {run}")

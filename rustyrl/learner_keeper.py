@@ -74,6 +74,7 @@ class LearnerKeeper:
         self.said = ""  # what it says that it died of, for a disk that has no room for its log
         self.report: dict[str, Any] = {}
         self.reported_at = 0.0
+        self.findings: dict[str, dict[str, Any]] = {}  # by kind, of all incarnations
         self.past: list[dict[str, Any]] = []  # the accounts of earlier incarnations
         self.restarts = 0
 
@@ -105,6 +106,8 @@ class LearnerKeeper:
         """Keep the newest figures."""
         if self._version_then is None:
             self._version_then = report.get("version", 0)
+        for finding in report.get("findings", []):
+            self.findings.setdefault(finding["kind"], finding)
         self.report = report
         self.reported_at = time.monotonic()
 

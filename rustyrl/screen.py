@@ -131,6 +131,9 @@ def _alerts(status: dict[str, Any], aspect: Aspect) -> list[Text]:
         share = next(row["held_share"] for row in status["actors"] if row["index"] == held[0])
         cost = f"all others waited {percent(share)} of the last seconds"
         lines.append(Text(f"! {actors} the batch: {cost}", "bold yellow"))
+    if findings := learner.get("findings"):
+        others = f"{len(findings)} findings, the newest: " if len(findings) > 1 else ""
+        lines.append(Text(f"! {others}{findings[-1]['message']}", "bold yellow"))
     for crash in status["crashes"][-1:]:
         if (ago := status["seconds"] - crash["at_s"]) < CRASH_S:
             lines.append(Text(f"! {span(ago)} ago {crash['what']}", "red"))

@@ -162,6 +162,7 @@ class StatusBoard:
             "running": keeper.running,
             "incarnation": keeper.incarnation,
             "restarts": keeper.restarts,
+            "findings": list(keeper.findings.values()),
             "sps": self.sps(),
             "wait_share": None if wait is None else round(wait, 4),
             "silent_s": round(time.monotonic() - keeper.reported_at, 3) if keeper.reported_at else None,

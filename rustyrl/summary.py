@@ -46,6 +46,7 @@ def summarize(
         "tickets_before": learner.past,
         "learner_restarts": learner.restarts,
         "actor_restarts": actor_restarts,
+        "findings": list(learner.findings.values()),
     }
 
 

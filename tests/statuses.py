@@ -43,7 +43,7 @@ def recovering() -> dict[str, Any]:
 def starting() -> dict[str, Any]:
     """Nobody has reported anything yet."""
     status = recorded(state="starting", seconds=0.4, actors=[], tickets={}, curve=[])
-    known = ("pid", "running", "incarnation", "restarts", "sps", "wait_share", "silent_s", "cpu_percent")
+    known = ("pid", "running", "incarnation", "restarts", "sps", "wait_share", "silent_s", "cpu_percent", "findings")
     status["learner"] = {key: status["learner"][key] for key in (*known, "memory_bytes", "threads")}
     status["learner"].update(sps=0.0, wait_share=None, silent_s=None)
     absent = {"index": 0, "pid": 4001, "restarts": 0, "restart_in_s": None, "leaving": False}

@@ -30,6 +30,7 @@ def test_the_doors_are_learned_with_the_mask_and_cannot_be_without(tmp_path):
     masked = train(tmp_path / "masked", DOORS)
     assert masked["stopped_by"] == "goal"
     assert masked["eval"]["share_of_best_mean"] >= 0.98
+    assert masked["findings"] == []
     blind = train(tmp_path / "blind", DOORS, "--set", "env.masked=false", "--total-steps", str(masked["steps"]))
     assert blind["eval"]["share_of_best_mean"] < 0.7
 
@@ -38,6 +39,7 @@ def test_the_catapult_is_learned_with_sling_and_force_together(tmp_path):
     summary = train(tmp_path / "run", CATAPULT, "--stop-at", "hit_rate>=0.8")
     assert summary["stopped_by"] == "goal"
     assert summary["eval"]["hit_rate"] >= 0.75
+    assert summary["findings"] == []
 
 
 @pytest.mark.parametrize("sling", [0, 1, 2])

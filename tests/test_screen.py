@@ -120,6 +120,15 @@ def test_orders_put_first_what_they_are_named_for(order):
     assert order == "index" or f"by {order}" in text
 
 
+def test_what_keeps_a_run_from_learning_is_said_above():
+    status = statuses.recorded()
+    status["learner"]["findings"] = [{"kind": "a", "message": "every reward is 0", "steps": 1}]
+    assert screen(status)[2] == "! every reward is 0"
+    status["learner"]["findings"].append({"kind": "b", "message": "values have exploded", "steps": 2})
+    assert screen(status)[2] == "! 2 findings, the newest: values have exploded"
+    assert "!" not in shown(statuses.recorded())
+
+
 def test_the_screen_in_the_documents_is_what_is_drawn():
     page = (Path(__file__).parent.parent / "docs" / "status.md").read_text()
     shown_there = page.split("<!-- screen -->\n```\n")[1].split("```")[0]

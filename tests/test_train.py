@@ -41,6 +41,7 @@ def test_train_writes_the_run_folder_and_prints_one_json_object(finished):
     assert (summary["env"], summary["stopped_by"]) == ("cartpole", "total_steps")
     assert summary["steps"] >= 2000
     assert summary["eval"]["episodes"] == 40
+    assert summary["findings"] == []
     assert json.loads((cluster.run / "summary.json").read_text()) == summary
     names = {path.name for path in cluster.run.iterdir()}
     assert {"config.toml", "metrics.jsonl", "checkpoints", "spec.json", "policy.safetensors", "logs"} <= names

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -97,7 +99,11 @@ def training_batch(
 
 @torch.no_grad()
 def batch_figures(rows: TrainingBatch, network: ActorCritic, values: ValueNormalizer | None = None) -> dict[str, float]:
-    """What an update starts from, by the names in docs/metrics.md."""
+    """What an update starts from, by the names in docs/metrics.md.
+
+    Raises:
+        FloatingPointError: naming the first tensor of the rows that is not finite.
+    """
     target, value = rows.value_target.double(), rows.value.double()
     spread = target.var(correction=0)
     unexplained = (target - value).var(correction=0)
@@ -117,5 +123,17 @@ def batch_figures(rows: TrainingBatch, network: ActorCritic, values: ValueNormal
         figures["value_target_std"] = figures["value_target_std"] * values.deviation
     if network.log_std is not None:
         figures["action_std"] = network.log_std.exp().mean()
-    numbers = torch.stack(list(figures.values())).tolist()
-    return dict(zip(figures, numbers, strict=True))
+    numbers = dict(zip(figures, torch.stack(list(figures.values())).tolist(), strict=True))
+    if not all(math.isfinite(number) for name, number in numbers.items() if name != "explained_variance"):
+        _name_not_finite(rows)  # or finite numbers whose squares are not
+    return numbers
+
+
+def _name_not_finite(rows: TrainingBatch) -> None:
+    for name in ("observation", "value", "value_target", "advantage", "proximal_log_prob", "behavior_log_prob"):
+        wrong = getattr(rows, name).isfinite().logical_not_()
+        if wrong.any():
+            first = getattr(rows, name)[wrong][0].item()
+            raise FloatingPointError(
+                f"tensor {name} of the batch holds {first} ({int(wrong.sum())} of {wrong.numel()})"
+            )

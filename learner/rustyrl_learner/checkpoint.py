@@ -60,7 +60,15 @@ def save(
     fingerprint: str,
     incarnation: int,
 ) -> Path:
-    """Write one checkpoint into ``folder``; returns its path. A whole one of this version stays as it is."""
+    """Write one checkpoint into ``folder``; returns its path. A whole one of this version stays as it is.
+
+    Raises:
+        OSError: it could not be written.
+        ValueError: a tensor holds numbers that are not finite, so that nothing could go on from it.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite")
     target = folder / f"{counters.policy_version:09d}"
     if target.exists():
         try:

@@ -25,11 +25,13 @@ from rustyrl.spec import EnvironmentSpec
 from rustyrl.stages import Stages
 from rustyrl_learner import checkpoint
 from rustyrl_learner.advantage import batch_figures, training_batch, uses_vtrace
+from rustyrl_learner.batch import Batch
 from rustyrl_learner.checkpoint import Counters
 from rustyrl_learner.checkpoint_writer import CheckpointWriter, Written
 from rustyrl_learner.collector import Collector
 from rustyrl_learner.device import choose_device, default_threads, gpu_figures
-from rustyrl_learner.ppo import ppo_update
+from rustyrl_learner.diagnosis import Diagnosis, explain_not_finite
+from rustyrl_learner.ppo import Losses, ppo_update
 from rustyrl_learner.record import EpisodeWindow, MetricsLog
 from rustyrl_learner.schedule import scheduled
 from rustyrl_learner.training import Training
@@ -96,6 +98,7 @@ class Learner:
         self._counters = Counters(learning_rate=config.ppo.learning_rate)
         if not (resume and self._resume()) and config.run.init:
             self._training.start_from(Path(config.run.init))
+        self._diagnosis = Diagnosis(spec, config, self._counters.policy_version)
         self._log = MetricsLog(run, self._counters.policy_version)
         self._writer = CheckpointWriter(run / "checkpoints", config.run.checkpoints_kept, spec.fingerprint, incarnation)
         self._receiver = RolloutReceiver(listen)
@@ -120,9 +123,12 @@ class Learner:
                 self._update_once()
         except StopRequestedError as stop:
             reason = str(stop)
-        except ContractError:  # what was learned before a world failed is sound
+        except (ContractError, FloatingPointError) as error:  # what was learned before is sound
             with contextlib.suppress(RunFailedError):
                 self._save_last()
+            if isinstance(error, FloatingPointError):
+                version, rate = self._counters.policy_version + 1, self._counters.learning_rate
+                raise FloatingPointError(explain_not_finite(str(error), version, self._config.ppo, rate)) from error
             raise
         self._save_last()
         if reason == "total_steps":
@@ -151,47 +157,57 @@ class Learner:
         with stages("wait"):
             buffer = self._next_batch()
         with stages("batch"):
-            batch = buffer.to_device(self._device)
-            self._window.add(buffer.episodes())
+            batch, episodes = buffer.to_device(self._device), buffer.episodes()
+            self._window.add(episodes)
         warm_up = training.warming_up
         trained = 0 if warm_up else int(batch.valid.sum())
-        self._lags[buffer.number - buffer.policy_version] += trained
-        losses, figures = None, {}
-        if trained:
-            ppo = scheduled(self._config.ppo, self._progress(), self._counters.learning_rate)
-            with training.whole_or_undone():  # a stop abandons it half-way
-                with stages("advantages"):
-                    rows = training_batch(
-                        training.network,
-                        batch,
-                        ppo,
-                        normalizer=training.normalizer,
-                        rewards=training.rewards,
-                        values=training.values,
-                        lagged=self._config.batch.max_policy_lag > 0,
-                        corrected=self._corrected,
-                    )
-                    figures = batch_figures(rows, training.network, training.values)
-                with stages("update"):
-                    rate, ask = ppo.learning_rate, self._follow_orders
-                    losses = ppo_update(training.network, training.optimizer, rows, ppo, rate, training.shuffle, ask)
-            figures |= {"clip": ppo.clip, "entropy_coefficient": ppo.entropy, "gamma": ppo.gamma}
-        if training.normalizer is not None:
-            with stages("normalize"):
-                training.normalizer.fold(batch.observation[:-1][batch.valid])
+        lag = buffer.number - buffer.policy_version
+        self._lags[lag] += trained
+        with training.whole_or_undone():  # a stop abandons it half-way
+            losses, figures = self._train(batch) if trained else (None, {})
+            if training.normalizer is not None:
+                with stages("normalize"):
+                    training.normalizer.fold(batch.observation[:-1][batch.valid])
+            with stages("diagnose"):
+                training.check_finite()
         self._counters = Counters(
             policy_version=self._counters.policy_version + 1,
             steps=self._counters.steps + trained,
             seconds=time.monotonic() - self._started,
             learning_rate=losses.learning_rate if losses else self._counters.learning_rate,
         )
+        with stages("diagnose"):  # before the buffer, whose memory the batch may be, is used again
+            for finding in self._diagnosis.look(batch, episodes, figures, lag=lag, steps=self._counters.steps):
+                self._say(f"finding: {finding.message}")
         with stages("export"):
             weights = training.weights()
         with stages("publish"):
             actor_s, receive_s = buffer.actor_stage_s(), buffer.receive_s
             rejected = "warm-up" if warm_up else None
             self._collector.publish(buffer, self._counters.policy_version, weights, rejected)
-        self._record({**asdict(losses), **figures} if losses else {}, {"receive_s": receive_s, "actor_s": actor_s})
+        self._record(figures, {"receive_s": receive_s, "actor_s": actor_s})
+
+    def _train(self, batch: Batch) -> tuple[Losses, dict[str, float]]:
+        """Stops 7 and 8: what the update did, and its figures by the names in docs/metrics.md."""
+        training, stages = self._training, self._stages
+        ppo = scheduled(self._config.ppo, self._progress(), self._counters.learning_rate)
+        with stages("advantages"):
+            rows = training_batch(
+                training.network,
+                batch,
+                ppo,
+                normalizer=training.normalizer,
+                rewards=training.rewards,
+                values=training.values,
+                lagged=self._config.batch.max_policy_lag > 0,
+                corrected=self._corrected,
+            )
+            figures = batch_figures(rows, training.network, training.values)
+        with stages("update"):
+            rate, ask = ppo.learning_rate, self._follow_orders
+            losses = ppo_update(training.network, training.optimizer, rows, ppo, rate, training.shuffle, ask)
+        figures |= {"clip": ppo.clip, "entropy_coefficient": ppo.entropy, "gamma": ppo.gamma}
+        return losses, {**asdict(losses), **figures}
 
     def _next_batch(self) -> Any:
         while True:
@@ -375,6 +391,7 @@ class Learner:
             "device": str(self._device),
             "training": self._window.figures(),
             "losses": self._losses,
+            "findings": [asdict(finding) for finding in self._diagnosis.findings],
             "stages_s": self._stages_s,
             "update_s": self._newest_s,
             "lag_steps": self._lag_steps(),

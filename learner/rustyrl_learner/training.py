@@ -41,6 +41,7 @@ class Training:
         shared = config.policy.trunk == "shared"
         network = ActorCritic(policy, shared=shared, initial_log_std=config.policy.initial_log_std)
         self.network = network.to(device)
+        self._parameters = list(self.network.parameters())
         self.normalizer: ObservationNormalizer | None = None
         if config.policy.normalize:
             self.normalizer = ObservationNormalizer(spec.observation_width, config.policy.observation_clip, device)
@@ -100,6 +101,20 @@ class Training:
             import_weights(read_policy(path), self.network, self.normalizer)
         except ValueError as error:
             raise UsageError(f"cannot start from {path}: {error}") from None
+
+    def check_finite(self) -> None:
+        """Raise `FloatingPointError` naming the first tensor that an update left with numbers that are not finite.
+
+        The optimiser's moments come from gradients that were checked, and are looked at when a checkpoint is written.
+        """
+        changed = [torch.cat([parameter.detach().reshape(-1) for parameter in self._parameters])]
+        if self.normalizer is not None:
+            changed += [self.normalizer.statistics.mean, self.normalizer.statistics.variance]
+        if torch.stack([tensor.sum(dtype=torch.float64) for tensor in changed]).sum().isfinite():
+            return
+        for name, tensor in self.state().items():  # or finite numbers whose sum is not
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise FloatingPointError(f"tensor {name} is not finite")
 
     @contextmanager
     def whole_or_undone(self) -> Iterator[None]:
