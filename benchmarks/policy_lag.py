@@ -13,15 +13,14 @@ import argparse
 import itertools
 import json
 import statistics
-import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-RUSTYRL = [sys.executable, "-c", "from rustyrl.cli import main; main()"]
-ENVS = {"cartpole": ("return_mean", 400_000), "drone": ("success_rate", 1_600_000)}  # greedy figure, env steps
+from training import train
+
+ENVS = {"cartpole": ("return_mean", 250_000), "drone": ("success_rate", 1_300_000)}  # greedy figure, env steps
 LAGS = (0, 1, 4, 16)
 COLORS = {"off": "#b3541e", "on": "#1e6fb3"}
 
@@ -44,7 +43,7 @@ def main() -> None:
         for env, (lag, vtrace), seed in itertools.product(options.env or ENVS, kinds, range(1, options.seeds + 1))
     ]
     with ThreadPoolExecutor(options.jobs) as pool:
-        runs = list(pool.map(lambda job: train(*job), jobs))
+        runs = list(pool.map(lambda job: run(*job), jobs))
     rows = [summarize(env, lag, vtrace, runs) for env in options.env or ENVS for lag, vtrace in kinds]
     print(table(rows))
     if options.json:
@@ -54,19 +53,11 @@ def main() -> None:
         options.plot.write_text(plot(rows))
 
 
-def train(env: str, lag: int, vtrace: str, seed: int, total_steps: int) -> dict[str, Any]:
+def run(env: str, lag: int, vtrace: str, seed: int, total_steps: int) -> dict[str, Any]:
     """One run from start to end."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        arguments = ["train", env, "--run", str(run), "--actors", "1", "--seed", str(seed), "--json"]
-        arguments += ["--total-steps", str(total_steps), "--max-policy-lag", str(lag)]
-        arguments += ["--set", f"ppo.vtrace={vtrace}", "--set", "run.threads=1"]
-        done = subprocess.run([*RUSTYRL, *arguments], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(done.stderr)
-        summary = json.loads(done.stdout)
-        curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    curve = [row for row in curve if "return_mean" in row]
+    limits = ["--total-steps", str(total_steps), "--max-policy-lag", str(lag)]
+    settings = ["--set", f"ppo.vtrace={vtrace}", "--set", "run.threads=1"]
+    summary, curve = train(env, "--actors", "1", "--seed", str(seed), *limits, *settings)
     last = [row["return_mean"] for row in curve if row["steps"] > 0.9 * total_steps]
     result = {
         "env": env,

@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-RUSTYRL = [sys.executable, "-c", "from rustyrl.cli import main; main()"]
+from training import RUSTYRL
+
 SCALES = ("3", "1", "4", "2", "8", "1")
 SHOWN = 8  # points of the curve
 CLOSE = 0.01  # relative difference up to which two means are called equal

@@ -54,3 +54,12 @@ def test_policy_lag_compares_lags_with_and_without_vtrace(tmp_path):
     assert plain["return_overall"] != corrected["return_overall"]  # and it made a difference
     assert "| cartpole | 2 | on |" in said
     assert "<polyline" in (tmp_path / "lag.svg").read_text()
+
+
+def test_default_settings_train_with_nothing_but_a_budget(tmp_path):
+    tiny = ["--seeds", "1", "--env", "CartPole-v1", "--total-steps", "4000"]
+    content, said = run(tmp_path, "default_settings.py", *tiny)
+    (row,) = content["rows"]
+    assert row["runs"][0]["steps"] >= 4000
+    assert row["solved"] == 0  # nobody balances a pole after two updates
+    assert "| CartPole-v1 | 475 |" in said
