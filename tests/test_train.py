@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from clusters import SMALL, Cluster, rustyrl
@@ -48,6 +50,20 @@ def test_train_writes_the_run_folder_and_prints_one_json_object(finished):
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert (cluster.run / "cluster.json").stat().st_mode & 0o777 == 0o600
     cluster.assert_gone()
+
+
+def test_every_recorded_name_is_documented(finished):
+    names = set(re.findall(r"`([^`]+)`", (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()))
+    rows = finished[0].rows()
+    assert {"policy_loss", "explained_variance", "return_p90"} <= rows[-1].keys()
+    groups = {name.partition("/")[0] for name in names if "/" in name}
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, dict):
+                assert name in groups
+                assert name == "lag_steps" or value.keys() <= names
+            else:
+                assert name in names
 
 
 def test_the_newest_checkpoints_are_kept(finished):
