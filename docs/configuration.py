@@ -11,9 +11,9 @@ from rustyrl.config import Config
 HEADER = """# Settings
 
 Set with `--set SECTION.KEY=VALUE` or in a TOML file given with `--config`; made by `python docs/configuration.py`.
-Defaults < what suits spaces and scale ([decisions/0005](decisions/0005-trustworthy-ppo.md)) < what the world recommends <
-file < flags; `config.toml` in the run folder has the outcome. The `env` section holds `slots` and the parameters that the
-world declares (`rustyrl envs --json` shows them, and what each world recommends, as `spec.defaults`).
+Defaults < what suits spaces and scale ([decisions/0005](decisions/0005-trustworthy-ppo.md)) < what the world recommends
+< file < flags; `config.toml` in the run folder has the outcome. The `env` section holds `slots` and the parameters that
+the world declares (`rustyrl envs --json` shows them, and what each world recommends, as `spec.defaults`).
 
 | key | default | meaning |
 |---|---|---|"""
