@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from rustyrl.spec import ActionSpec, ArraySpec
 from rustyrl.weights import PolicySpec, decode_weights, encode_weights, weights_layout
-from rustyrl_learner.network import ActorCritic, Dense, export_weights, import_weights
+from rustyrl_learner.network import ActorCritic, export_weights, import_weights, layer, layer_gradient
 from rustyrl_learner.normalizer import ObservationNormalizer
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -46,56 +46,56 @@ def network_of(spec: PolicySpec, *, shared: bool = False, seed: int = 0, log_std
     return ActorCritic(spec, shared=shared, initial_log_std=log_std)
 
 
-def dense(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
-    result: Any = Dense.apply(x, weight, bias, activation)  # type: ignore[no-untyped-call]
-    return result  # type: ignore[no-any-return]
-
-
 def dense_arguments(fan_in: int, fan_out: int, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(fan_in * 1000 + fan_out)
     shapes = [(7, fan_in), (fan_in, fan_out), (fan_out,)]
-    return [torch.randn(shape, dtype=dtype, generator=generator, requires_grad=True) for shape in shapes]
+    return [torch.randn(shape, dtype=dtype, generator=generator) for shape in shapes]
 
 
-@pytest.mark.parametrize("fan_out", [1, 3, 40])
+def gradients_of(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, activation: str) -> list[Tensor]:
+    """By our own layer: of input, weight and bias."""
+    _, kept = layer(x, weight, bias, activation)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    dz = layer_gradient(dy, x, weight, kept, activation, dweight, dbias)
+    return [dz @ weight.T, dweight, dbias]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("fan_in", "fan_out"), [(1, 1), (4, 3), (64, 2), (20, 64), (64, 64)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_dense_passes_gradcheck(activation: str, fan_out: int) -> None:
-    x, weight, bias = dense_arguments(4, fan_out, torch.float64)
-    assert torch.autograd.gradcheck(lambda *arguments: dense(*arguments, activation), (x, weight, bias))
-
-
-@pytest.mark.parametrize(("fan_in", "fan_out"), [(1, 1), (5, 3), (64, 2), (20, 64), (64, 64)])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_dense_equals_autograd_of_the_plain_layer(activation: str, fan_in: int, fan_out: int) -> None:
-    ours, plain = dense_arguments(fan_in, fan_out, torch.float32), dense_arguments(fan_in, fan_out, torch.float32)
-    result = dense(*ours, activation)
+def test_a_layer_equals_autograd_of_the_plain_one(
+    activation: str, fan_in: int, fan_out: int, dtype: torch.dtype
+) -> None:
+    arguments = dense_arguments(fan_in, fan_out, dtype)
+    plain = [argument.clone().requires_grad_() for argument in arguments]
     expected = ACTIVATIONS[activation](F.linear(plain[0], plain[1].T, plain[2]))
-    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
-    weighting = torch.linspace(-1, 1, result.numel()).reshape(result.shape)
-    (result * weighting).sum().backward()
-    (expected * weighting).sum().backward()
-    for name, mine, other in zip(("x", "weight", "bias"), ours, plain, strict=True):
-        assert mine.grad is not None
-        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+    result, _ = layer(*arguments, activation)  # type: ignore[call-arg]
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-10}
+    torch.testing.assert_close(result, expected, **close)
+    dy = torch.linspace(-1, 1, result.numel(), dtype=dtype).reshape(result.shape)
+    for name, mine, other in zip(
+        ("x", "weight", "bias"),
+        gradients_of(*arguments, dy, activation),  # type: ignore[call-arg]
+        torch.autograd.grad(expected, plain, dy),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other, **close, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_dense_saturates_without_nan(activation: str) -> None:
-    x = torch.tensor([[-1e4], [1e4]], requires_grad=True)
-    result = dense(x, torch.ones(1, 1), torch.zeros(1), activation)
-    torch.testing.assert_close(result, ACTIVATIONS[activation](x.detach()))
-    result.sum().backward()
-    assert x.grad is not None
-    assert torch.isfinite(x.grad).all()
+def test_a_layer_saturates_without_nan(activation: str) -> None:
+    x, weight, bias = torch.tensor([[-1e4], [1e4]]), torch.ones(1, 1), torch.zeros(1)
+    torch.testing.assert_close(layer(x, weight, bias, activation)[0], ACTIVATIONS[activation](x))
+    assert all(torch.isfinite(g).all() for g in gradients_of(x, weight, bias, torch.ones(2, 1), activation))
 
 
-def test_dense_leaves_its_input_as_it_is() -> None:
+def test_a_layer_leaves_its_arguments_as_they_are() -> None:
     for activation in ACTIVATIONS:
-        arguments = dense_arguments(6, 20, torch.float32)
-        before = [argument.detach().clone() for argument in arguments]
-        dense(*arguments, activation).sum().backward()
+        arguments = [*dense_arguments(6, 20, torch.float32), torch.ones(7, 20)]
+        before = [argument.clone() for argument in arguments]
+        gradients_of(*arguments, activation)  # type: ignore[call-arg]
         for argument, old in zip(arguments, before, strict=True):
-            assert torch.equal(argument.detach(), old)
+            assert torch.equal(argument, old)
 
 
 def literal_mlp(parameters: dict[str, Tensor], prefix: str, x: Tensor, activations: list[str]) -> Tensor:
@@ -124,17 +124,46 @@ def test_network_equals_the_literal_perceptrons(activation: Any, shared: bool) -
     assert torch.equal(network.value(x), value)
 
 
+def gradient_of(network: ActorCritic, x: Tensor, doutputs: Tensor, dvalue: Tensor) -> dict[str, Tensor]:
+    network.gradient().fill_(torch.nan)  # everything is to be written
+    network.backward(network.trace(x)[2], doutputs, dvalue)
+    return {name: p.grad for name, p in network.named_parameters() if p.grad is not None and name != "log_std"}
+
+
+@pytest.mark.parametrize("hidden", [(), (24,), (32, 24)])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("activation", ["tanh", "relu", "elu", "silu"])
+def test_the_gradient_is_that_of_autograd_through_the_literal_perceptrons(
+    activation: Any, shared: bool, hidden: tuple[int, ...]
+) -> None:
+    network = network_of(policy_spec(hidden=hidden, activation=activation), shared=shared)
+    generator = torch.Generator().manual_seed(1)
+    x, doutputs, dvalue = (torch.randn(shape, generator=generator) for shape in [(9, 7), (9, 3), (9,)])
+    found = gradient_of(network, x, doutputs, dvalue)
+    parameters = dict(network.named_parameters())
+    activations = [activation] * len(hidden)
+    features = literal_mlp(parameters, "trunk", x, activations)
+    outputs = literal_mlp(parameters, "policy_head", features, ["identity"])
+    seen, above = (features, []) if shared else (x, activations)
+    value = literal_mlp(parameters, "critic", seen, [*above, "identity"])[:, 0]
+    layers = {name: p for name, p in parameters.items() if name != "log_std"}
+    expected = torch.autograd.grad((outputs * doutputs).sum() + (value * dvalue).sum(), list(layers.values()))
+    assert found.keys() == layers.keys()
+    for name, gradient in zip(layers, expected, strict=True):
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
 def test_a_separate_critic_shares_nothing_with_the_policy() -> None:
-    network = network_of(policy_spec(), shared=False)
-    network.value(torch.ones(3, 7)).sum().backward()
-    assert all(parameter.grad is None for parameter in network.policy_parameters().values())
-    assert all(p.grad is not None for name, p in network.named_parameters() if name.startswith("critic."))
+    found = gradient_of(network_of(policy_spec()), torch.ones(3, 7), torch.zeros(3, 3), torch.ones(3))
+    assert {name for name, gradient in found.items() if gradient.any()} == {
+        name for name in found if name.startswith("critic.")
+    }
 
 
 def test_a_shared_trunk_learns_from_the_critic_and_has_fewer_parameters() -> None:
     shared, separate = network_of(policy_spec(), shared=True), network_of(policy_spec(), shared=False)
-    shared.value(torch.ones(3, 7)).sum().backward()
-    assert all(p.grad is not None for name, p in shared.named_parameters() if name.startswith("trunk."))
+    found = gradient_of(shared, torch.ones(3, 7), torch.zeros(3, 3), torch.ones(3))
+    assert all(found[name].any() for name in found if name.startswith("trunk."))
     assert sum(p.numel() for p in separate.parameters()) - sum(p.numel() for p in shared.parameters()) == (
         7 * 32 + 32 + 32 * 24 + 24
     )

@@ -18,7 +18,7 @@ from rustyrl.config import PPOConfig
 from rustyrl.spec import ActionSpec, ArraySpec
 from rustyrl.weights import PolicySpec
 from rustyrl_actors.inference import Policy
-from rustyrl_learner.network import ActorCritic, export_weights
+from rustyrl_learner.network import ActorCritic, Trace, export_weights
 from rustyrl_learner.ppo import Losses, TrainingBatch, kl_estimate, policy_loss, ppo_update, value_loss
 
 WIDTH = 5
@@ -398,13 +398,13 @@ def test_advantages_are_normalized_per_minibatch_and_not_over_the_batch() -> Non
     batch.advantage[:10] += 50  # no two minibatches agree on the mean
     config = with_config(minibatch_size=10, entropy=0.0)
     seen: list[Tensor] = []
-    inner = network.forward
+    inner = network.trace
 
-    def watched(x: Tensor) -> tuple[Tensor, Tensor]:
+    def watched(x: Tensor) -> tuple[Tensor, Tensor, list[Trace]]:
         seen.append(x)
         return inner(x)
 
-    network.forward = watched  # type: ignore[method-assign]
+    network.trace = watched  # type: ignore[method-assign]
     losses = update(network, batch, config, 0.0, plain_descent=True)
     assert [len(x) for x in seen] == [10] * 4
     rows = [torch.tensor([int((batch.observation == row).all(1).nonzero()) for row in x]) for x in seen]
@@ -585,7 +585,15 @@ def test_a_nan_in_a_later_minibatch_keeps_the_steps_before_it() -> None:
 def test_a_gradient_that_is_not_finite_is_named_by_its_parameter() -> None:
     network = network_of()
     batch = batch_of(network)
-    network.get_parameter("critic.weights.1").register_hook(lambda gradient: gradient * math.inf)
+    inner = network.backward
+
+    def spoiled(*arguments: Any) -> None:
+        inner(*arguments)
+        gradient = network.get_parameter("critic.weights.1").grad
+        assert gradient is not None
+        gradient.mul_(math.inf)
+
+    network.backward = spoiled  # type: ignore[method-assign]
     with pytest.raises(FloatingPointError, match=r"gradient of critic\.weights\.1"):
         update(network, batch, PLAIN)
 

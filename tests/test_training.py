@@ -186,7 +186,11 @@ def test_returns_so_far_are_left_behind_where_a_run_goes_on_with_other_worlds(wo
 
 def moments(training: Training) -> dict[str, torch.Tensor]:
     """Adam's first moment by the name of its parameter."""
-    return {n: training.optimizer.state[p]["exp_avg"].clone() for n, p in training.network.named_parameters()}
+    blocks = [p for group in training.optimizer.param_groups for p in group["params"]]
+    joined = torch.cat([training.optimizer.state[block]["exp_avg"] for block in blocks])
+    named = list(training.network.named_parameters())
+    parts = joined.split([p.numel() for _, p in named])
+    return {name: part.view(p.shape) for (name, p), part in zip(named, parts, strict=True)}
 
 
 def test_adamw_decays_layers_and_no_deviation():
@@ -194,7 +198,7 @@ def test_adamw_decays_layers_and_no_deviation():
     before = {name: p.detach().clone() for name, p in training.network.named_parameters()}
     for parameter in training.network.parameters():
         parameter.data.fill_(2.0)
-        parameter.grad = torch.zeros_like(parameter)  # nothing but the decay moves them
+    training.network.gradient().zero_()  # nothing but the decay moves them
     training.optimizer.step()
     assert "log_std" in before
     for name, parameter in training.network.named_parameters():
@@ -223,7 +227,7 @@ def test_moments_stay_with_their_parameters_from_adam_to_adamw_and_back(action, 
 
     adam, adamw = training_with(), training_with(optimizer="adamw", weight_decay=0.1)
     for index, parameter in enumerate(adam.network.parameters()):
-        parameter.grad = torch.full_like(parameter, float(index + 1))  # every moment says whose it is
+        parameter.grad.fill_(float(index + 1))  # every moment says whose it is
     adam.optimizer.step()
     adamw.set_state(adam.state())
     back = training_with()

@@ -157,8 +157,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` took out."""
+    """Put back what `optimizer_tensors` took out; raises `RuntimeError` if that was of other parameters."""
     content = optimizer.state_dict()
+    sizes = [p.numel() for group in optimizer.param_groups for p in group["params"]]
+    moments = {key: tensor.numel() for key, tensor in tensors.items() if key.startswith("optimizer.")}
+    moments = {key: size for key, size in moments.items() if not key.endswith(".step")}
+    if any(
+        int(key.split(".")[1]) >= len(sizes) or size != sizes[int(key.split(".")[1])] for key, size in moments.items()
+    ):
+        raise RuntimeError(f"the optimiser's moments are of {sorted(set(moments.values()))} numbers, expected {sizes}")
     content["state"] = {}
     for key, tensor in tensors.items():
         if key.startswith("optimizer."):

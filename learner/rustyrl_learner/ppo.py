@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,16 +41,23 @@ class TrainingBatch:
     value_target: Tensor
 
     def select(self, rows: Tensor) -> TrainingBatch:
-        """The rows `[n]` int64 of the batch."""
+        """The rows `[n]` int64 of the batch, copied."""
+        return self._each(lambda array: array.index_select(0, rows))
+
+    def slice(self, start: int, stop: int) -> TrainingBatch:
+        """Rows ``start`` to ``stop`` of the batch, as views."""
+        return self._each(lambda array: array[start:stop])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> TrainingBatch:
         return TrainingBatch(
-            self.observation.index_select(0, rows),
-            self.action.index_select(0, rows),
-            None if self.action_mask is None else self.action_mask.index_select(0, rows),
-            self.behavior_log_prob.index_select(0, rows),
-            self.proximal_log_prob.index_select(0, rows),
-            self.advantage.index_select(0, rows),
-            self.value.index_select(0, rows),
-            self.value_target.index_select(0, rows),
+            change(self.observation),
+            change(self.action),
+            None if self.action_mask is None else change(self.action_mask),
+            change(self.behavior_log_prob),
+            change(self.proximal_log_prob),
+            change(self.advantage),
+            change(self.value),
+            change(self.value_target),
         )
 
 
@@ -110,6 +119,11 @@ def kl_estimate(log_ratio: Tensor) -> Tensor:
     return (torch.expm1(log_ratio) - log_ratio).mean()
 
 
+def clip_fraction(ratio: Tensor, clip: float) -> Tensor:
+    """The share of samples whose probability has left the range within which it is rewarded."""
+    return ((ratio - 1).abs() > clip).float().mean()
+
+
 def ppo_update(
     network: ActorCritic,
     optimizer: torch.optim.Optimizer,
@@ -136,8 +150,9 @@ def ppo_update(
     """
     count = batch.observation.shape[0]
     minibatches = max(1, round(count / config.minibatch_size))
-    parameters = [p for p in network.parameters() if p.requires_grad]
+    gradient = network.gradient()
     sums = torch.zeros(6, device=batch.observation.device)
+    edges = [count * i // minibatches for i in range(minibatches + 1)]
     steps = epochs = 0
     first_ratio_error: Tensor | None = None
     for _ in range(config.epochs):
@@ -145,10 +160,12 @@ def ppo_update(
             group["lr"] = learning_rate
         order = torch.randperm(count, generator=generator).to(batch.observation.device)
         epoch_kl = torch.zeros((), device=batch.observation.device)
-        for rows in order.tensor_split(minibatches):
-            losses, ratio_error = _optimizer_step(network, optimizer, parameters, batch, rows, config)
+        shuffled = batch.select(order)
+        for start, stop in itertools.pairwise(edges):
+            rows = shuffled.slice(start, stop)
+            losses, log_prob = _optimizer_step(network, optimizer, gradient, rows, config)
             if first_ratio_error is None:
-                first_ratio_error = ratio_error
+                first_ratio_error = (log_prob - rows.behavior_log_prob).exp().sub(1).abs().max()
             sums += losses
             epoch_kl += losses[3]
             steps += 1
@@ -166,18 +183,17 @@ def ppo_update(
 
 
 def _optimizer_step(
-    network: ActorCritic,
-    optimizer: torch.optim.Optimizer,
-    parameters: list[torch.nn.Parameter],
-    batch: TrainingBatch,
-    rows: Tensor,
-    config: PPOConfig,
+    network: ActorCritic, optimizer: torch.optim.Optimizer, gradient: Tensor, batch: TrainingBatch, config: PPOConfig
 ) -> tuple[Tensor, Tensor]:
-    batch = batch.select(rows)
-    outputs, value = network(batch.observation)
+    """One step on one minibatch; its losses and figures, and the log-probabilities before the step."""
+    outputs, value, traces = network.trace(batch.observation)
+    leaves = [outputs.requires_grad_(), value.requires_grad_()]  # autograd is for the losses, networks have their own
+    if network.log_std is not None:
+        leaves.append(network.log_std)
     advantage = batch.advantage
     if config.normalize_advantage and len(advantage) > 1:
-        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        deviation, mean = torch.std_mean(advantage)
+        advantage = (advantage - mean) / (deviation + 1e-8)
     log_prob = network.log_prob(outputs, batch.action, batch.action_mask)
     log_ratio = log_prob - batch.proximal_log_prob
     ratio = log_ratio.exp()
@@ -187,21 +203,23 @@ def _optimizer_step(
     with torch.set_grad_enabled(config.entropy > 0):  # else it is a figure to look at only
         entropy = network.entropy(outputs, batch.action_mask).mean()
     loss = policy + config.value_coefficient * critic - config.entropy * entropy
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_gradient_norm)
-    _check_finite(network, norm, policy, critic, entropy)
-    optimizer.step()
+    doutputs, dvalue, *dlog_std = torch.autograd.grad(loss, leaves)
+    network.backward(traces, doutputs, dvalue)
+    if network.log_std is not None and network.log_std.grad is not None:
+        network.log_std.grad.copy_(dlog_std[0])
+    norm = torch.linalg.vector_norm(gradient)
     with torch.no_grad():
-        kl = kl_estimate(log_ratio)
-        off = (ratio - 1).abs()
-        clipped = (off > config.clip).float().mean()
-        behavior_error = (log_prob - batch.behavior_log_prob).exp().sub(1).abs().max()
-        return torch.stack([policy, critic, entropy, kl, clipped, norm]).detach(), behavior_error
+        figures = torch.stack(
+            [policy, critic, entropy, kl_estimate(log_ratio), clip_fraction(ratio, config.clip), norm]
+        )
+    _check_finite(network, norm, policy, critic, entropy)
+    gradient.mul_((config.max_gradient_norm / (norm + 1e-6)).clamp_(max=1.0))
+    optimizer.step()
+    return figures, log_prob.detach()
 
 
 def _check_finite(network: ActorCritic, norm: Tensor, policy: Tensor, critic: Tensor, entropy: Tensor) -> None:
-    if torch.isfinite(norm + policy + critic + entropy):  # a clipped row hides its loss from the gradients
+    if math.isfinite((norm + policy + critic + entropy).item()):  # a clipped row hides its loss from the gradients
         return
     for name, loss in (("policy loss", policy), ("value loss", critic), ("entropy", entropy)):
         if not torch.isfinite(loss):

@@ -128,13 +128,10 @@ class Training:
 
 
 def _make_optimizer(network: ActorCritic, ppo: PPOConfig) -> torch.optim.Optimizer:
-    parameters = list(network.parameters())
+    *deviations, layers = network.flatten()
     if ppo.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=ppo.learning_rate, eps=ppo.adam_epsilon, fused=True)
-    # Of layers only: a log_std that decays would draw every policy to the same width. Its place among the parameters
-    # is the first, so that both optimisers number them alike in a checkpoint.
-    layers = [p for p in parameters if p is not network.log_std]
-    groups: list[dict[str, Any]] = [{"params": layers, "weight_decay": ppo.weight_decay}]
-    if network.log_std is not None:
-        groups.insert(0, {"params": [network.log_std], "weight_decay": 0.0})
+        return torch.optim.Adam([*deviations, layers], lr=ppo.learning_rate, eps=ppo.adam_epsilon, fused=True)
+    # Of layers only: deviations that decay would draw every policy to the same width.
+    groups: list[dict[str, Any]] = [{"params": [one], "weight_decay": 0.0} for one in deviations]
+    groups.append({"params": [layers], "weight_decay": ppo.weight_decay})
     return torch.optim.AdamW(groups, lr=ppo.learning_rate, eps=ppo.adam_epsilon, fused=True)
