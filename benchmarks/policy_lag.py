@@ -117,7 +117,7 @@ def plot(rows: list[dict[str, Any]], width: int = 320, height: int = 220) -> str
         def y(value: float, low: float = low, high: float = high) -> float:
             return height - bottom - (height - top - bottom) * (value - low) / (high - low)
 
-        parts.append(f'<text x="{start + left}" y="18">{env}: training return over the run, by policy lag</text>')
+        parts.append(f'<text x="{start + left}" y="18">{env}: return over the run by policy lag</text>')
         for value in (low, (low + high) / 2, high):
             begin, end, level = start + left, start + width - right, y(value)
             parts.append(f'<line x1="{begin}" x2="{end}" y1="{level:.1f}" y2="{level:.1f}" stroke="#ddd"/>')
