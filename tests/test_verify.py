@@ -272,7 +272,7 @@ def test_the_extra_brings_the_packages_of_presets():
 
 
 def test_the_page_lists_the_presets_as_they_are():
-    text = (Path(__file__).parent.parent / "docs" / "verify.md").read_text()
+    text = (Path(__file__).parent.parent / "docs" / "verify.md").read_text().partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
     assert [[*row[:2], *row[3:]] for row in rows] == [
         [
