@@ -19,6 +19,7 @@ from rustyrl_actors.environment import allocate_rows
 from rustyrl_actors.inference import Policy
 from rustyrl_actors.noise import allocate_noise, fill_noise, noise_generator
 from rustyrl_actors.unroll import OwnedWorld, UnrollBuffer, unroll
+from rustyrl_learner.adam import Adam
 from rustyrl_learner.advantage import training_batch
 from rustyrl_learner.batch import BatchBuffer
 from rustyrl_learner.ingest import admit
@@ -77,7 +78,7 @@ def main() -> None:
     advantage = training.advantage.reshape(LENGTH, -1)
     print(f"7 advantage of world 0, slot 0: {floats(advantage[:, 0].numpy())}")
     before = encode_weights(export_weights(network, None))
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    optimizer = Adam(network.block(), network.gradient(), epsilon=config.adam_epsilon)
     losses = ppo_update(network, optimizer, training, config, 1e-3, torch.Generator().manual_seed(SEED))
     print(f"8 update    {losses.epochs} epochs, first ratio off by {losses.first_ratio_error:.0e}, ", end="")
     print(f"value loss {losses.value_loss:.3f}, approximate KL {losses.approx_kl:.4f}")

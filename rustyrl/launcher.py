@@ -127,10 +127,9 @@ class Launcher:
 
     def _start(self) -> None:
         config, actors = self._config, self._crew.supervisor.wanted
-        if config.batch.max_policy_lag > 1:
+        if config.batch.max_policy_lag > 1 and config.ppo.vtrace == "off":
             self._progress.say(
-                f"note: --max-policy-lag {config.batch.max_policy_lag} is not corrected for (V-trace is not there yet);"
-                " expect slower learning above 1"
+                f"note: --max-policy-lag {config.batch.max_policy_lag} is not corrected for (ppo.vtrace is off)"
             )
         if actors > config.batch.worlds:
             self._progress.say(f"note: {idle_note(actors, config.batch.worlds)}")

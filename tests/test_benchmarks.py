@@ -46,7 +46,7 @@ def test_world_overhead_accounts_for_the_whole_step(tmp_path):
 
 
 def test_policy_lag_compares_lags_with_and_without_vtrace(tmp_path):
-    tiny = ["--seeds", "1", "--env", "cartpole", "--lag", "2", "--total-steps", "40000"]
+    tiny = ["--seeds", "1", "--env", "cartpole", "--lag", "2", "--total-steps", "20000"]
     content, said = run(tmp_path, "policy_lag.py", *tiny, "--jobs", "2", "--plot", str(tmp_path / "lag.svg"))
     assert [(row["lag"], row["vtrace"]) for row in content["rows"]] == [(2, "off"), (2, "on")]
     plain, corrected = content["runs"]

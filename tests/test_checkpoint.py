@@ -16,6 +16,7 @@ from rustyrl.errors import RunFailedError
 from rustyrl.spec import ActionSpec, ArraySpec
 from rustyrl.weights import PolicySpec
 from rustyrl_learner import checkpoint
+from rustyrl_learner.adam import Adam
 from rustyrl_learner.checkpoint import Counters, list_checkpoints, load_newest, prune, save
 from rustyrl_learner.network import ActorCritic
 from rustyrl_learner.ppo import TrainingBatch, ppo_update
@@ -292,7 +293,7 @@ class Training:
         spec = PolicySpec(observation, (action,), (16, 16), "tanh", normalize=False)
         torch.manual_seed(seed)
         self.network = ActorCritic(spec, shared=False, initial_log_std=0.0)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1.0, eps=1e-5, fused=True)
+        self.optimizer = Adam(self.network.block(), self.network.gradient(), epsilon=1e-5)
         self.shuffle = torch.Generator().manual_seed(seed)
         self.rate = 1e-3
 
@@ -305,7 +306,7 @@ class Training:
 
     def save(self, folder: Path, version: int) -> None:
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
-        tensors |= checkpoint.optimizer_tensors(self.optimizer)
+        tensors |= self.optimizer.tensors()
         tensors["shuffle"] = self.shuffle.get_state()
         save(folder, Counters(policy_version=version, learning_rate=self.rate), b"", tensors, FINGERPRINT, 0)
 
@@ -315,12 +316,12 @@ class Training:
         manifest, tensors, _ = loaded
         prefix = "network."
         self.network.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-        checkpoint.restore_optimizer(self.optimizer, tensors)
+        self.optimizer.set_tensors(tensors)
         self.shuffle.set_state(tensors["shuffle"])
         self.rate = manifest.counters.learning_rate
 
     def bits(self) -> dict[str, Tensor]:
-        return {**self.network.state_dict(), **checkpoint.optimizer_tensors(self.optimizer)}
+        return {**self.network.state_dict(), **self.optimizer.tensors()}
 
 
 @pytest.mark.parametrize("stopped_after", [0, 1, 3])
@@ -343,21 +344,3 @@ def test_continued_training_equals_uninterrupted_training_in_bits(tmp_path: Path
     for name, tensor in straight.bits().items():
         assert torch.equal(second.bits()[name], tensor), name
     assert torch.equal(second.shuffle.get_state(), straight.shuffle.get_state())
-
-
-def test_the_optimizer_state_is_that_of_every_parameter() -> None:
-    training = Training(seed=0)
-    assert checkpoint.optimizer_tensors(training.optimizer) == {}
-    training.update(0)
-    tensors = checkpoint.optimizer_tensors(training.optimizer)
-    count = len(list(training.network.parameters()))
-    names = {f"optimizer.{i}.{name}" for i in range(count) for name in ("step", "exp_avg", "exp_avg_sq")}
-    assert tensors.keys() == names
-    assert tensors["optimizer.0.step"].item() == 6  # 2 epochs of 3 minibatches
-
-
-def test_restoring_an_optimizer_forgets_what_it_had() -> None:
-    training = Training(seed=0)
-    training.update(0)
-    checkpoint.restore_optimizer(training.optimizer, {})
-    assert checkpoint.optimizer_tensors(training.optimizer) == {}

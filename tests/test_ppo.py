@@ -95,6 +95,20 @@ def parameters_of(network: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
 
 
+class Torch:
+    """An optimiser of torch's own."""
+
+    def __init__(self, kind: type[torch.optim.SGD] | type[torch.optim.Adam], network: ActorCritic) -> None:
+        self.optimizer = kind(network.parameters(), lr=1.0)
+        self.rates: list[float] = []
+
+    def step(self, learning_rate: float) -> None:
+        self.rates.append(learning_rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+
+
 def update(
     network: ActorCritic,
     batch: TrainingBatch,
@@ -105,8 +119,7 @@ def update(
     plain_descent: bool = False,
     seed: int = 0,
 ) -> Losses:
-    kind = torch.optim.SGD if plain_descent else torch.optim.Adam
-    optimizer = kind(network.parameters(), lr=rate)
+    optimizer = Torch(torch.optim.SGD if plain_descent else torch.optim.Adam, network)
     return ppo_update(network, optimizer, batch, config, rate, torch.Generator().manual_seed(seed), on_minibatch)
 
 
@@ -500,15 +513,12 @@ def test_the_kl_schedule_acts_below_half_and_above_twice_the_target(
 
 def test_the_kl_schedule_acts_after_every_epoch() -> None:
     network = network_of()
-    optimizer = torch.optim.Adam(network.parameters(), lr=1.0)
-    rates: list[float] = []
+    optimizer = Torch(torch.optim.Adam, network)
     batch = batch_of(network, drift=0.0)
     config = with_kl_schedule(epochs=3, minibatch_size=30)
     generator = torch.Generator().manual_seed(0)
-    losses = ppo_update(
-        network, optimizer, batch, config, 1e-5, generator, lambda: rates.append(optimizer.param_groups[0]["lr"])
-    )
-    assert rates == pytest.approx([1e-5, 1e-5, 1.5e-5, 1.5e-5, 2.25e-5, 2.25e-5])
+    losses = ppo_update(network, optimizer, batch, config, 1e-5, generator)
+    assert optimizer.rates == pytest.approx([1e-5, 1e-5, 1.5e-5, 1.5e-5, 2.25e-5, 2.25e-5])
     assert losses.learning_rate == pytest.approx(3.375e-5)
 
 

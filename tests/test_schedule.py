@@ -9,7 +9,7 @@ import pytest
 
 from rustyrl.config import PPOConfig, build_config
 from rustyrl.errors import UsageError
-from rustyrl.train import _check_ppo
+from rustyrl.launch import _check_ppo
 from rustyrl_learner.schedule import scheduled
 
 ENDS = {"clip": (0.3, 0.1), "entropy": (0.02, 0.0), "gamma": (0.99, 0.999)}

@@ -36,6 +36,8 @@ def test_a_second_interrupt_ends_the_run_at_once(start):
     cluster = start(*ENDLESS, "--set", "batch.unroll_length=4096", "--set", "cluster.stop_s=60")
     poll(lambda: cluster.children("rustyrl_learner") and (cluster.run / "cluster.json").exists(), "a learner")
     poll(lambda: b'"running"' in (cluster.run / "cluster.json").read_bytes(), "running")
+    (learner,) = cluster.children("rustyrl_learner")
+    learner.suspend()  # the first interrupt asks it to save what it has, and waits for that
 
     def insist() -> bool:  # two signals of a kind that are sent together may arrive as one
         cluster.process.send_signal(signal.SIGINT)

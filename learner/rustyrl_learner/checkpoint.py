@@ -15,18 +15,15 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
-import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from rustyrl.errors import RunFailedError
 
-__all__ = ["Counters", "Manifest", "list_checkpoints", "load_newest", "optimizer_tensors", "prune", "save"]
-__all__ += ["restore_optimizer"]
+__all__ = ["Counters", "Manifest", "list_checkpoints", "load_newest", "prune", "save"]
 
 log = logging.getLogger(__name__)
 
@@ -148,30 +145,6 @@ def prune(folder: Path, kept: int, protected: set[int]) -> None:
             shutil.rmtree(path, ignore_errors=True)
     for partial in folder.glob(".*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state by the position of its parameter."""
-    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
-    return {f"optimizer.{i}.{name}": torch.as_tensor(v) for i, entry in state.items() for name, v in entry.items()}
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` took out; raises `RuntimeError` if that was of other parameters."""
-    content = optimizer.state_dict()
-    sizes = [p.numel() for group in optimizer.param_groups for p in group["params"]]
-    moments = {key: tensor.numel() for key, tensor in tensors.items() if key.startswith("optimizer.")}
-    moments = {key: size for key, size in moments.items() if not key.endswith(".step")}
-    if any(
-        int(key.split(".")[1]) >= len(sizes) or size != sizes[int(key.split(".")[1])] for key, size in moments.items()
-    ):
-        raise RuntimeError(f"the optimiser's moments are of {sorted(set(moments.values()))} numbers, expected {sizes}")
-    content["state"] = {}
-    for key, tensor in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".")
-            content["state"].setdefault(int(index), {})[name] = tensor.clone()  # torch would keep and change it
-    optimizer.load_state_dict(content)
 
 
 def _read(path: Path) -> tuple[Manifest, dict[str, bytes]]:

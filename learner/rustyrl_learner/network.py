@@ -144,6 +144,7 @@ class ActorCritic(nn.Module):
         self.policy_head = Perceptron([sizes[-1], spec.output_width], spec.activation, "identity", 0.01)
         self.critic = Perceptron([sizes[-1], 1] if shared else [*sizes, 1], spec.activation, "identity", 1.0)
         self.distribution = ActionDistribution(spec)
+        self._block: Tensor | None = None
         self._gradient: Tensor | None = None
         self.log_std = nn.Parameter(torch.full((spec.box_width,), float(initial_log_std))) if spec.box_width else None
 
@@ -153,37 +154,27 @@ class ActorCritic(nn.Module):
         value = self.critic(features if self.shared else x)
         return self.policy_head(features), value.squeeze(-1)
 
-    def flatten(self) -> list[nn.Parameter]:
-        """Lay all parameters out in one block, and their gradients in another, of which they are views from then on.
-
-        An optimiser that is given the blocks steps over two tensors and not over a dozen.
-
-        Returns:
-            The deviations of boxes, where there are any, and all layers, each as one parameter with its ``grad``.
-        """
-        parameters = list(self.parameters())  # the deviations are the first
-        block = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
-        self._gradient = torch.zeros_like(block)
-        start = 0
-        for parameter in parameters:
-            stop = start + parameter.numel()
-            parameter.data = block[start:stop].view(parameter.shape)
-            parameter.grad = self._gradient[start:stop].view(parameter.shape)
-            start = stop
-        width = 0 if self.log_std is None else self.log_std.numel()
-        joined = []
-        for part in (slice(0, width), slice(width, None)):
-            if block[part].numel():
-                joined.append(nn.Parameter(block[part]))
-                joined[-1].grad = self._gradient[part]
-        return joined
+    def block(self) -> Tensor:
+        """The flat tensor `[P]` of which every parameter is a view: the deviations of boxes, then all layers."""
+        return self._flat()[0]
 
     def gradient(self) -> Tensor:
         """The flat tensor `[P]` of which every parameter's ``grad`` is a view."""
-        if self._gradient is None:
-            self.flatten()
-        assert self._gradient is not None  # noqa: S101 - flatten made it
-        return self._gradient
+        return self._flat()[1]
+
+    def _flat(self) -> tuple[Tensor, Tensor]:
+        """Parameters and gradients in one block each; made at the first call, once the device is known."""
+        if self._block is None or self._gradient is None:
+            parameters = list(self.parameters())  # the deviations are the first
+            self._block = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
+            self._gradient = torch.zeros_like(self._block)
+            start = 0
+            for parameter in parameters:
+                stop = start + parameter.numel()
+                parameter.data = self._block[start:stop].view(parameter.shape)
+                parameter.grad = self._gradient[start:stop].view(parameter.shape)
+                start = stop
+        return self._block, self._gradient
 
     def trace(self, x: Tensor) -> tuple[Tensor, Tensor, list[Trace]]:
         """What `forward` gives, and what `backward` needs."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rustyrl.config import PPOConfig
+from rustyrl_learner.adam import Optimizer
 from rustyrl_learner.network import ActorCritic
 
 __all__ = ["Losses", "TrainingBatch", "kl_estimate", "policy_loss", "ppo_update", "value_loss"]
@@ -126,7 +127,7 @@ def clip_fraction(ratio: Tensor, clip: float) -> Tensor:
 
 def ppo_update(
     network: ActorCritic,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     batch: TrainingBatch,
     config: PPOConfig,
     learning_rate: float,
@@ -156,14 +157,13 @@ def ppo_update(
     steps = epochs = 0
     first_ratio_error: Tensor | None = None
     for _ in range(config.epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
         order = torch.randperm(count, generator=generator).to(batch.observation.device)
         epoch_kl = torch.zeros((), device=batch.observation.device)
         shuffled = batch.select(order)
         for start, stop in itertools.pairwise(edges):
             rows = shuffled.slice(start, stop)
-            losses, log_prob = _optimizer_step(network, optimizer, gradient, rows, config)
+            losses, log_prob = _take_gradient(network, gradient, rows, config)
+            optimizer.step(learning_rate)
             if first_ratio_error is None:
                 first_ratio_error = (log_prob - rows.behavior_log_prob).exp().sub(1).abs().max()
             sums += losses
@@ -182,10 +182,10 @@ def ppo_update(
     return Losses(policy, value, entropy, approx_kl, clipped, norm, error, epochs, learning_rate)
 
 
-def _optimizer_step(
-    network: ActorCritic, optimizer: torch.optim.Optimizer, gradient: Tensor, batch: TrainingBatch, config: PPOConfig
+def _take_gradient(
+    network: ActorCritic, gradient: Tensor, batch: TrainingBatch, config: PPOConfig
 ) -> tuple[Tensor, Tensor]:
-    """One step on one minibatch; its losses and figures, and the log-probabilities before the step."""
+    """Have the gradient of one minibatch, clipped; its losses and figures, and the log-probabilities."""
     outputs, value, traces = network.trace(batch.observation)
     leaves = [outputs.requires_grad_(), value.requires_grad_()]  # autograd is for the losses, networks have their own
     if network.log_std is not None:
@@ -214,7 +214,6 @@ def _optimizer_step(
         )
     _check_finite(network, norm, policy, critic, entropy)
     gradient.mul_((config.max_gradient_norm / (norm + 1e-6)).clamp_(max=1.0))
-    optimizer.step()
     return figures, log_prob.detach()
 
 

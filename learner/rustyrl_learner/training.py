@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rustyrl.config import Config, PPOConfig
+from rustyrl.config import Config
 from rustyrl.errors import UsageError
 from rustyrl.spec import EnvironmentSpec
 from rustyrl.weights import PolicySpec, encode_weights, read_policy
-from rustyrl_learner.checkpoint import optimizer_tensors, restore_optimizer
+from rustyrl_learner.adam import Adam
 from rustyrl_learner.network import ActorCritic, export_weights, import_weights
 from rustyrl_learner.normalizer import ObservationNormalizer, RewardNormalizer, ValueNormalizer
 
@@ -41,7 +40,6 @@ class Training:
         shared = config.policy.trunk == "shared"
         network = ActorCritic(policy, shared=shared, initial_log_std=config.policy.initial_log_std)
         self.network = network.to(device)
-        self._parameters = list(self.network.parameters())
         self.normalizer: ObservationNormalizer | None = None
         if config.policy.normalize:
             self.normalizer = ObservationNormalizer(spec.observation_width, config.policy.observation_clip, device)
@@ -52,7 +50,14 @@ class Training:
         self.values: ValueNormalizer | None = None
         if config.ppo.normalize_value:
             self.values = ValueNormalizer(VALUE_WINDOW * slots * config.batch.unroll_length, device)
-        self.optimizer = _make_optimizer(self.network, config.ppo)
+        deviations = 0 if self.network.log_std is None else self.network.log_std.numel()
+        self.optimizer = Adam(
+            self.network.block(),
+            self.network.gradient(),
+            epsilon=config.ppo.adam_epsilon,
+            decay=config.ppo.weight_decay if config.ppo.optimizer == "adamw" else 0.0,
+            kept=deviations,  # deviations that decay would draw every policy to the same width
+        )
 
     @property
     def warming_up(self) -> bool:
@@ -66,7 +71,7 @@ class Training:
     def state(self) -> dict[str, Tensor]:
         """Every tensor by name; not copies."""
         tensors: dict[str, Tensor] = {f"network.{name}": t for name, t in self.network.state_dict().items()}
-        tensors |= optimizer_tensors(self.optimizer)
+        tensors |= self.optimizer.tensors()
         tensors["shuffle"] = self.shuffle.get_state()
         if self.normalizer is not None:
             tensors |= self.normalizer.statistics.tensors("normalizer")
@@ -80,7 +85,7 @@ class Training:
         """Put back what `state` gave; raises `RuntimeError` if the networks are others."""
         network = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
         self.network.load_state_dict(network)
-        restore_optimizer(self.optimizer, tensors)
+        self.optimizer.set_tensors(tensors)
         self.shuffle.set_state(tensors["shuffle"])
         if self.normalizer is not None and "normalizer.mean" in tensors:
             self.normalizer.statistics.set_tensors("normalizer", tensors)
@@ -107,7 +112,7 @@ class Training:
 
         The optimiser's moments come from gradients that were checked, and are looked at when a checkpoint is written.
         """
-        changed = [torch.cat([parameter.detach().reshape(-1) for parameter in self._parameters])]
+        changed = [self.network.block()]
         if self.normalizer is not None:
             changed += [self.normalizer.statistics.mean, self.normalizer.statistics.variance]
         if torch.stack([tensor.sum(dtype=torch.float64) for tensor in changed]).sum().isfinite():
@@ -125,13 +130,3 @@ class Training:
         except BaseException:
             self.set_state(before)
             raise
-
-
-def _make_optimizer(network: ActorCritic, ppo: PPOConfig) -> torch.optim.Optimizer:
-    *deviations, layers = network.flatten()
-    if ppo.optimizer == "adam":
-        return torch.optim.Adam([*deviations, layers], lr=ppo.learning_rate, eps=ppo.adam_epsilon, fused=True)
-    # Of layers only: deviations that decay would draw every policy to the same width.
-    groups: list[dict[str, Any]] = [{"params": [one], "weight_decay": 0.0} for one in deviations]
-    groups.append({"params": [layers], "weight_decay": ppo.weight_decay})
-    return torch.optim.AdamW(groups, lr=ppo.learning_rate, eps=ppo.adam_epsilon, fused=True)
