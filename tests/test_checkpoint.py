@@ -293,7 +293,8 @@ class Training:
         spec = PolicySpec(observation, (action,), (16, 16), "tanh", normalize=False)
         torch.manual_seed(seed)
         self.network = ActorCritic(spec, shared=False, initial_log_std=0.0)
-        self.optimizer = Adam(self.network.block(), self.network.gradient(), epsilon=1e-5)
+        parameters, gradient = self.network.flat()
+        self.optimizer = Adam(parameters.tensor, gradient.tensor, epsilon=1e-5)
         self.shuffle = torch.Generator().manual_seed(seed)
         self.rate = 1e-3
 

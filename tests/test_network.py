@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from rustyrl.spec import ActionSpec, ArraySpec
 from rustyrl.weights import PolicySpec, decode_weights, encode_weights, weights_layout
-from rustyrl_learner.network import ActorCritic, export_weights, import_weights, layer, layer_gradient
+from rustyrl_learner.network import ActorCritic, export_weights, import_weights, input_gradient, layer, layer_gradient
 from rustyrl_learner.normalizer import ObservationNormalizer
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -52,30 +52,40 @@ def dense_arguments(fan_in: int, fan_out: int, dtype: torch.dtype) -> list[Tenso
     return [torch.randn(shape, dtype=dtype, generator=generator) for shape in shapes]
 
 
-def gradients_of(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, activation: str) -> list[Tensor]:
-    """By our own layer: of input, weight and bias."""
-    _, kept = layer(x, weight, bias, activation)
+def unfolded(y: Tensor, activation: str) -> Tensor:
+    return 2 * y - 1 if activation == "tanh" else y
+
+
+def gradients_of(
+    x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, activation: str, *, folded: bool = False
+) -> list[Tensor]:
+    """By our own layer: of input, weight and bias; ``dy`` and that of the input by what they stand for."""
+    _, kept = layer(x, weight, bias, activation, folded=folded)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-    dz = layer_gradient(dy, x, weight, kept, activation, dweight, dbias)
-    return [dz @ weight.T, dweight, dbias]
+    dy = (4 if activation == "tanh" else 1) * dy  # a copy, since it may be overwritten
+    dz = layer_gradient(dy, x, kept, activation, dweight, dbias, folded=folded)
+    dx = input_gradient(dz, weight, folded=folded)
+    return [dx / 4 if folded else dx, dweight, dbias]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("fan_in", "fan_out"), [(1, 1), (4, 3), (64, 2), (20, 64), (64, 64)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("folded", [False, True])
 def test_a_layer_equals_autograd_of_the_plain_one(
-    activation: str, fan_in: int, fan_out: int, dtype: torch.dtype
+    activation: str, fan_in: int, fan_out: int, dtype: torch.dtype, folded: bool
 ) -> None:
     arguments = dense_arguments(fan_in, fan_out, dtype)
     plain = [argument.clone().requires_grad_() for argument in arguments]
     expected = ACTIVATIONS[activation](F.linear(plain[0], plain[1].T, plain[2]))
-    result, _ = layer(*arguments, activation)  # type: ignore[call-arg]
+    read = [(arguments[0] + 1) / 2 if folded else arguments[0], *arguments[1:]]
+    result = unfolded(layer(*read, activation, folded=folded)[0], activation)  # type: ignore[call-arg, misc]
     close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-10}
     torch.testing.assert_close(result, expected, **close)
     dy = torch.linspace(-1, 1, result.numel(), dtype=dtype).reshape(result.shape)
     for name, mine, other in zip(
         ("x", "weight", "bias"),
-        gradients_of(*arguments, dy, activation),  # type: ignore[call-arg]
+        gradients_of(*read, dy, activation, folded=folded),  # type: ignore[call-arg, misc]
         torch.autograd.grad(expected, plain, dy),
         strict=True,
     ):
@@ -85,7 +95,8 @@ def test_a_layer_equals_autograd_of_the_plain_one(
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_layer_saturates_without_nan(activation: str) -> None:
     x, weight, bias = torch.tensor([[-1e4], [1e4]]), torch.ones(1, 1), torch.zeros(1)
-    torch.testing.assert_close(layer(x, weight, bias, activation)[0], ACTIVATIONS[activation](x))
+    found = unfolded(layer(x, weight, bias, activation)[0], activation)
+    torch.testing.assert_close(found, ACTIVATIONS[activation](x))
     assert all(torch.isfinite(g).all() for g in gradients_of(x, weight, bias, torch.ones(2, 1), activation))
 
 
@@ -125,8 +136,9 @@ def test_network_equals_the_literal_perceptrons(activation: Any, shared: bool) -
 
 
 def gradient_of(network: ActorCritic, x: Tensor, doutputs: Tensor, dvalue: Tensor) -> dict[str, Tensor]:
-    network.gradient().fill_(torch.nan)  # everything is to be written
-    network.backward(network.trace(x)[2], doutputs, dvalue)
+    _, into = network.flat()
+    into.tensor.fill_(torch.nan)  # everything is to be written
+    network.take_gradient(x, lambda _: doutputs, lambda _: dvalue)
     return {name: p.grad for name, p in network.named_parameters() if p.grad is not None and name != "log_std"}
 
 

@@ -18,7 +18,7 @@ from rustyrl.config import PPOConfig
 from rustyrl.spec import ActionSpec, ArraySpec
 from rustyrl.weights import PolicySpec
 from rustyrl_actors.inference import Policy
-from rustyrl_learner.network import ActorCritic, Trace, export_weights
+from rustyrl_learner.network import ActorCritic, export_weights
 from rustyrl_learner.ppo import Losses, TrainingBatch, kl_estimate, policy_loss, ppo_update, value_loss
 
 WIDTH = 5
@@ -51,13 +51,14 @@ def network_of(
     *,
     shared: bool = False,
     seed: int = 0,
+    threads: int = 1,
 ) -> ActorCritic:
     """A network whose policy is far from flat, so that a wrong gradient shows."""
     observation = (ArraySpec("main", (WIDTH,), "float32"),)
     box: Literal["clipped", "squashed"] = "squashed" if kind == "squashed" else "clipped"
     spec = PolicySpec(observation, (ACTIONS[kind],), (24, 8), activation, normalize=False, box=box)
     torch.manual_seed(seed)
-    network = ActorCritic(spec, shared=shared, initial_log_std=-0.3)
+    network = ActorCritic(spec, shared=shared, initial_log_std=-0.3, threads=threads)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape))
@@ -411,13 +412,13 @@ def test_advantages_are_normalized_per_minibatch_and_not_over_the_batch() -> Non
     batch.advantage[:10] += 50  # no two minibatches agree on the mean
     config = with_config(minibatch_size=10, entropy=0.0)
     seen: list[Tensor] = []
-    inner = network.trace
+    inner = network.take_gradient
 
-    def watched(x: Tensor) -> tuple[Tensor, Tensor, list[Trace]]:
+    def watched(x: Tensor, *by: Any) -> None:
         seen.append(x)
-        return inner(x)
+        inner(x, *by)
 
-    network.trace = watched  # type: ignore[method-assign]
+    network.take_gradient = watched  # type: ignore[method-assign]
     losses = update(network, batch, config, 0.0, plain_descent=True)
     assert [len(x) for x in seen] == [10] * 4
     rows = [torch.tensor([int((batch.observation == row).all(1).nonzero()) for row in x]) for x in seen]
@@ -595,7 +596,7 @@ def test_a_nan_in_a_later_minibatch_keeps_the_steps_before_it() -> None:
 def test_a_gradient_that_is_not_finite_is_named_by_its_parameter() -> None:
     network = network_of()
     batch = batch_of(network)
-    inner = network.backward
+    inner = network.take_gradient
 
     def spoiled(*arguments: Any) -> None:
         inner(*arguments)
@@ -603,7 +604,7 @@ def test_a_gradient_that_is_not_finite_is_named_by_its_parameter() -> None:
         assert gradient is not None
         gradient.mul_(math.inf)
 
-    network.backward = spoiled  # type: ignore[method-assign]
+    network.take_gradient = spoiled  # type: ignore[method-assign]
     with pytest.raises(FloatingPointError, match=r"gradient of critic\.weights\.1"):
         update(network, batch, PLAIN)
 
@@ -650,3 +651,26 @@ def test_updates_move_probability_to_what_turned_out_well() -> None:
     before = probability()
     update(network, batch, with_config(epochs=5, minibatch_size=50), 3e-3)
     assert probability() > before + 0.02
+
+
+@pytest.mark.parametrize("kind", ["box", "squashed", "discrete", "masked"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_two_threads_give_the_bits_of_one(kind: str, shared: bool) -> None:
+    ends = []
+    for threads in (1, 2):
+        network = network_of(kind, shared=shared, threads=threads)
+        config = with_config(epochs=3, minibatch_size=150, entropy=0.02)
+        update(network, batch_of(network, 1000), config, 1e-2)
+        ends.append(network.flat()[0].tensor.clone())
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("broken", ["by_outputs", "by_value"])
+def test_an_exception_in_either_lane_is_raised(broken: str) -> None:
+    def fail(_: Tensor) -> Tensor:
+        raise ValueError(broken)
+
+    network = network_of(threads=2)
+    by = {"by_outputs": torch.zeros_like, "by_value": torch.zeros_like, broken: fail}
+    with pytest.raises(ValueError, match=broken):
+        network.take_gradient(torch.zeros(8, network.spec.observation[0].width), **by)

@@ -10,7 +10,7 @@ import torch
 from rustyrl.errors import UsageError
 from rustyrl.processes import available_cores
 
-__all__ = ["choose_device", "default_threads", "gpu_figures"]
+__all__ = ["choose_device", "default_threads", "gpu_figures", "share_threads"]
 
 
 def choose_device(name: str) -> torch.device:
@@ -47,3 +47,15 @@ def default_threads() -> int:
     A thread too many costs more than it brings: the others spin while it waits for a core.
     """
     return max(1, min(4, available_cores() - 1))
+
+
+def share_threads(threads: int, *, shared: bool) -> int:
+    """Have torch use so many threads, half of them for each of two `Lanes`; returns how many lanes there are.
+
+    Args:
+        threads: of the CPU.
+        shared: whether policy and critic share layers, so that there is one lane.
+    """
+    lanes = 1 if shared or threads == 1 else 2
+    torch.set_num_threads(threads // lanes)
+    return lanes

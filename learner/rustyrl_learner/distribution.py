@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -76,6 +77,35 @@ def choice_entropy(logits: Tensor) -> Tensor:
     return -(log_prob.exp() * log_prob).sum((-1, -2))
 
 
+@dataclass(frozen=True, slots=True)
+class BoxTrace:
+    """What the gradient of a box needs, see `ActionDistribution.trace`.
+
+    scaled: `[A, N]` the action's distance from its mean in deviations
+    log_std: `[A]`
+    mean: `[A, N]`
+    """
+
+    scaled: Tensor
+    log_std: Tensor
+    mean: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceTrace:
+    """What the gradient of k choices needs, see `ActionDistribution.trace`.
+
+    probability, log_probability: `[k, n, N]`
+    chosen: `[k, 1, N]` int64
+    entropy: `[k, 1, N]`
+    """
+
+    probability: Tensor
+    log_probability: Tensor
+    chosen: Tensor
+    entropy: Tensor
+
+
 class ActionDistribution:
     """What a policy's outputs mean as a distribution over its whole action: a product over the blocks of its parts."""
 
@@ -115,6 +145,59 @@ class ActionDistribution:
             terms.append(term)
         return _sum(terms)
 
+    def trace(
+        self, outputs: Tensor, log_std: Tensor | None, action: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, list[BoxTrace | ChoiceTrace]]:
+        """`log_prob`, `entropy`, and what `backward` needs of both.
+
+        Rows come last here, so that sums over choices run along whole rows: log_softmax over two choices of 4096 rows
+        takes a tenth of the time.
+        """
+        log_probs, entropies, traces = [], [], list[BoxTrace | ChoiceTrace]()
+        for index, block in enumerate(self._blocks):
+            output, part = outputs[:, block.output].T, action[:, block.column].T
+            if block.kind == "box":
+                deviation = _present(log_std)[self._deviation[index]]
+                scaled = (part - output) * torch.exp(-deviation)[:, None]
+                log_prob = -0.5 * scaled.square().sum(0) - (deviation.sum() + 0.5 * LOG_2_PI * len(deviation))
+                entropy = box_entropy(deviation)
+                if self._squashed:
+                    log_prob = log_prob - squash_log_derivative(part).sum(0) - self._log_half[index]
+                    entropy = entropy + squash_entropy(output.T, deviation) + self._log_half[index]
+                traces.append(BoxTrace(scaled, deviation, output))
+            else:
+                if block.mask is not None:
+                    output = output.masked_fill(~_present(mask)[:, block.mask].T, MASKED_LOGIT)
+                log_odds = torch.log_softmax(output.reshape(block.groups, block.choices, -1), 1)
+                odds, chosen = log_odds.exp(), part.long()[:, None]
+                of_each = -(odds * log_odds).sum(1, keepdim=True)
+                log_prob, entropy = log_odds.gather(1, chosen).sum((0, 1)), of_each.sum((0, 1))
+                traces.append(ChoiceTrace(odds, log_odds, chosen, of_each))
+            log_probs.append(log_prob)
+            entropies.append(entropy)
+        return _sum(log_probs), _sum(entropies), traces
+
+    def backward(
+        self, traces: Sequence[BoxTrace | ChoiceTrace], dlog_prob: Tensor, dentropy: float, dlog_std: Tensor | None
+    ) -> Tensor:
+        """The gradient `[N, outputs]` of the outputs.
+
+        Args:
+            traces: of `trace`.
+            dlog_prob: `[N]`, the loss by the log-probability of each row.
+            dentropy: the loss by the entropy of any row.
+            dlog_std: `[boxes]`, written: the gradient of the deviations' logarithms.
+        """
+        parts = []
+        for index, trace in enumerate(traces):
+            if isinstance(trace, BoxTrace):
+                doutput, ddeviation = _box_gradient(trace, dlog_prob, dentropy, squashed=self._squashed)
+                _present(dlog_std)[self._deviation[index]] = ddeviation
+            else:
+                doutput = _choice_gradient(trace, dlog_prob, dentropy)
+            parts.append(doutput)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).T
+
     def entropy(self, outputs: Tensor, log_std: Tensor | None, mask: Tensor | None) -> Tensor:
         """Entropy in nats, `[N]`, or `[]` where it is the same for every row; arguments as of `log_prob`."""
         terms = []
@@ -128,6 +211,29 @@ class ActionDistribution:
                 term = choice_entropy(_logits(outputs, block, mask))
             terms.append(term)
         return _sum(terms)
+
+
+def _box_gradient(trace: BoxTrace, dlog_prob: Tensor, dentropy: float, *, squashed: bool) -> tuple[Tensor, Tensor]:
+    """By the mean `[A, N]` and by the logarithm of the deviation `[A]`."""
+    scaled, deviation = trace.scaled, trace.log_std
+    dmean = scaled * (dlog_prob * torch.exp(-deviation)[:, None])
+    ddeviation = (scaled.square() - 1) @ dlog_prob + dentropy * scaled.shape[1]
+    if squashed and dentropy:  # the slope of log(1 - tanh(u)^2) is -2 tanh(u), with u = mean + deviation * node
+        nodes, weights = _quadrature(QUADRATURE_POINTS, scaled.dtype, scaled.device)
+        spread = deviation.exp()[:, None] * nodes  # [A, points]
+        slope = -2 * dentropy * torch.tanh(trace.mean[..., None] + spread[:, None]) * weights
+        dmean = dmean + slope.sum(-1)
+        ddeviation = ddeviation + (slope * spread[:, None]).sum((1, 2))
+    return dmean, ddeviation
+
+
+def _choice_gradient(trace: ChoiceTrace, dlog_prob: Tensor, dentropy: float) -> Tensor:
+    """By the logits `[k n, N]`; 0 for those that are masked, whose probability is 0."""
+    by_each = dlog_prob
+    if dentropy:
+        by_each = dlog_prob + dentropy * (trace.log_probability + trace.entropy)
+    dlogits = -trace.probability * by_each
+    return dlogits.scatter_add_(1, trace.chosen, dlog_prob.expand_as(trace.chosen)).flatten(0, 1)
 
 
 def _logits(outputs: Tensor, block: ActionBlock, mask: Tensor | None) -> Tensor:

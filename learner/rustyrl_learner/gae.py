@@ -66,12 +66,17 @@ def gae(
 
 
 def discounted_sum(term: Tensor, carry: Tensor) -> Tensor:
-    """``S_t = term_t + carry_t S_{t+1}``, backward from 0, over `[T, B]`."""
-    total = torch.empty_like(term)
-    running = torch.zeros_like(term[0])
-    for t in range(term.shape[0] - 1, -1, -1):
-        running = term[t] + carry[t] * running
-        total[t] = running
+    """``S_t = term_t + carry_t S_{t+1}``, backward from 0, over `[T, B]`.
+
+    By doubling (Hillis and Steele 1986): after n rounds each sum reaches 2^n steps ahead, so that T steps take log2(T)
+    rounds over all of them and not T over one each.
+    """
+    total, carried, reach = term.clone(), carry.clone(), 1
+    while reach < term.shape[0]:
+        ahead = term.shape[0] - reach
+        total[:ahead] += carried[:ahead] * total[reach:]
+        carried = carried[:-reach] * carried[reach:]  # of rows that look beyond the end nothing is asked again
+        reach *= 2
     return total
 
 

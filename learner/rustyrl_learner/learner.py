@@ -13,8 +13,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-
 from rustyrl.channels import ControlClient, RolloutReceiver
 from rustyrl.condition import meets
 from rustyrl.config import Config
@@ -29,7 +27,7 @@ from rustyrl_learner.batch import Batch
 from rustyrl_learner.checkpoint import Counters
 from rustyrl_learner.checkpoint_writer import CheckpointWriter, Written
 from rustyrl_learner.collector import Collector
-from rustyrl_learner.device import choose_device, default_threads, gpu_figures
+from rustyrl_learner.device import choose_device, gpu_figures
 from rustyrl_learner.diagnosis import Diagnosis, explain_not_finite
 from rustyrl_learner.ppo import Losses, ppo_update
 from rustyrl_learner.record import EpisodeWindow, MetricsLog
@@ -92,8 +90,6 @@ class Learner:
 
         self._corrected = uses_vtrace(config.ppo, config.batch.max_policy_lag)
         self._device = choose_device(config.run.device)
-        if self._device.type == "cpu":
-            torch.set_num_threads(config.run.threads or default_threads())
         self._training = Training(config, spec, self._device)
         self._counters = Counters(learning_rate=config.ppo.learning_rate)
         if not (resume and self._resume()) and config.run.init:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,12 +14,15 @@ from torch import Tensor, nn
 
 from rustyrl.weights import PolicySpec, Weights
 from rustyrl_learner.distribution import ActionDistribution
+from rustyrl_learner.lanes import Lanes, Scratch
 from rustyrl_learner.normalizer import ObservationNormalizer
 
-__all__ = ["ActorCritic", "Trace", "export_weights", "import_weights", "layer", "layer_gradient"]
+__all__ = ["ActorCritic", "Flat", "Trace", "export_weights", "import_weights", "input_gradient", "layer"]
+__all__ += ["layer_gradient"]
 
 
 NARROW = 16  # outputs below which a product is computed transposed
+Layers = list[tuple[Tensor, Tensor]]  # weight and bias of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,39 +33,73 @@ class Trace:
     kept: list[Tensor]
 
 
-def layer(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """``activation(x @ weight + bias)``, and what `layer_gradient` needs of it.
+def layer(
+    x: Tensor, weight: Tensor, bias: Tensor, activation: str, *, folded: bool = False, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``activation(x @ weight + bias)``, in ``out`` if there is one, and what `layer_gradient` needs of it.
 
-    Measured on a CPU with `[4096, 64]` float32: torch.tanh costs twice to four times what ``2 sigmoid(2 x) - 1`` does,
-    a bias that is broadcast in a pass of its own a fifth, and products with a few columns (the heads) are four to six
-    times faster the other way round.
+    A tanh is left folded: what comes out is ``s = sigmoid(2 z)``, of which ``tanh(z) = 2 s - 1``, and the next layer is
+    told that its input is ``folded``, for which its product has factors anyway. Measured on a CPU with `[4096, 64]`
+    float32: torch.tanh costs three and a half times what sigmoid does, and each further pass over them a sixth of it.
+    Products with a few columns (the heads) are four to six times faster the other way round.
     """
-    narrow = weight.shape[1] < NARROW
-    z = torch.addmm(bias[:, None], weight.T, x.T).T if narrow else torch.addmm(bias, x, weight)
+    gain = 2 if activation == "tanh" else 1
+    scale = 2 * gain if folded else gain
+    if folded:
+        bias = bias - weight.sum(0)
+    if weight.shape[1] < NARROW:
+        z = torch.addmm(bias[:, None], weight.T, x.T, beta=gain, alpha=scale).T
+    else:
+        z = torch.addmm(bias, x, weight, beta=gain, alpha=scale, out=out)
     y = _activate(z, activation)
     return y, z if activation == "silu" else y
 
 
 def layer_gradient(
-    dy: Tensor, x: Tensor, weight: Tensor, kept: Tensor, activation: str, dweight: Tensor, dbias: Tensor
+    dy: Tensor,
+    x: Tensor,
+    kept: Tensor,
+    activation: str,
+    dweight: Tensor,
+    dbias: Tensor,
+    *,
+    folded: bool = False,
 ) -> Tensor:
-    """Write the gradients of a layer's weight and bias; the gradient of what came before its activation."""
+    """Write the gradients of a layer's weight and bias; the gradient of what came before its activation.
+
+    Args:
+        dy: `[N, out]` gradient of what came out, as `input_gradient` gives it; may be overwritten.
+        x: `[N, in]` what went in.
+        kept: `[N, out]` of `layer`.
+        activation: of this layer.
+        dweight: `[in, out]`, written.
+        dbias: `[out]`, written.
+        folded: as of `layer`.
+    """
     dz = _activation_gradient(dy, kept, activation)
-    if weight.shape[1] < NARROW:
-        dweight.copy_((dz.T @ x).T)
+    torch.sum(dz, 0, out=dbias)
+    if dz.shape[1] < NARROW:
+        product = (dz.T @ x).T
+        dweight.copy_(2 * product - dbias if folded else product)
     else:
         torch.mm(x.T, dz, out=dweight)
-    torch.sum(dz, 0, out=dbias)
+        if folded:
+            dweight.mul_(2).sub_(dbias)
     return dz
+
+
+def input_gradient(dz: Tensor, weight: Tensor, *, folded: bool = False, out: Tensor | None = None) -> Tensor:
+    """The gradient of what went into a layer; four times that, if it was folded, as its own gradient then needs it."""
+    return torch.mm(dz, (4 * weight if folded else weight).T, out=out)
 
 
 def _activate(z: Tensor, activation: str) -> Tensor:
     if activation == "tanh":
-        return z.mul_(2).sigmoid_().mul_(2).sub_(1)
+        return z.sigmoid_()
     if activation == "relu":
         return z.relu_()
     if activation == "elu":
-        return nn.functional.elu(z)
+        return nn.functional.elu(z, inplace=True)
     if activation == "silu":
         return nn.functional.silu(z)
     return z
@@ -68,25 +107,52 @@ def _activate(z: Tensor, activation: str) -> Tensor:
 
 def _activation_gradient(grad: Tensor, kept: Tensor, activation: str) -> Tensor:
     if activation == "tanh":
-        return torch.ops.aten.tanh_backward(grad, kept)  # type: ignore[no-any-return]
+        return torch.ops.aten.sigmoid_backward.grad_input(grad, kept, grad_input=grad)  # type: ignore[no-any-return]
     if activation == "relu":
-        return grad * (kept > 0)
+        return grad.mul_(kept > 0)
     if activation == "elu":
-        return grad * torch.where(kept > 0, 1.0, kept + 1)
+        return grad.mul_(torch.where(kept > 0, 1.0, kept + 1))
     if activation == "silu":
         gate = torch.sigmoid(kept)
-        return grad * (gate * (1 + kept * (1 - gate)))
+        return grad.mul_(gate * (1 + kept * (1 - gate)))
     return grad
 
 
 class Perceptron(nn.Module):
-    """Layers; weights are `[in, out]`, orthogonal with the given gains, biases 0."""
+    """Layers; weights are `[in, out]`, orthogonal with the given gains, biases 0.
 
-    def __init__(self, sizes: list[int], activation: str, last: str, last_gain: float) -> None:
+    With ``folded`` it reads what another one left folded, see `layer`.
+    """
+
+    def __init__(
+        self,
+        sizes: list[int],
+        activation: str,
+        last: str,
+        last_gain: float,
+        *,
+        folded: bool = False,
+        depth: int = 0,
+        lane: str = "policy",
+    ) -> None:
+        """Make one.
+
+        Args:
+            sizes: of the input and of each layer's output.
+            activation: of all layers but the last.
+            last: that of the last layer.
+            last_gain: the gain of the last layer.
+            folded: what goes in is.
+            depth: how many layers there are before it.
+            lane: its names in scratch memory, which those who compute after each other can share.
+        """
         super().__init__()
+        self._depth = depth
+        self._lane = lane
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
         self._activations = [activation] * (len(sizes) - 2) + [last]
+        self._folded = [folded] + [activation == "tanh"] * (len(sizes) - 2)
         for index, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
             gain = last_gain if index == len(sizes) - 2 else 2**0.5
             weight = torch.empty(fan_out, fan_in)
@@ -94,36 +160,59 @@ class Perceptron(nn.Module):
             self.weights.append(nn.Parameter(weight.T.contiguous()))
             self.biases.append(nn.Parameter(torch.zeros(fan_out)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[N, in]` to `[N, out]`; for a gradient there is `trace`."""
-        return self.trace(x)[0]
-
-    @torch.no_grad()
-    def trace(self, x: Tensor) -> tuple[Tensor, Trace]:
-        """`[N, in]` to `[N, out]`, and what `backward` needs."""
+    def trace(self, layers: Layers, x: Tensor, scratch: Scratch) -> tuple[Tensor, Trace]:
+        """`[N, in]` to `[N, out]`, and what `backward` needs; hidden layers are in the scratch."""
         trace = Trace([], [])
-        for weight, bias, activation in zip(self.weights, self.biases, self._activations, strict=True):
+        for index, ((weight, bias), activation) in enumerate(zip(layers, self._activations, strict=True)):
             trace.inputs.append(x)
-            x, kept = layer(x, weight, bias, activation)
+            lasting = activation == "identity"
+            out = None if lasting else scratch((self._lane, index), x.shape[0], weight.shape[1], x)
+            x, kept = layer(x, weight, bias, activation, folded=self._folded[index], out=out)
             trace.kept.append(kept)
         return x, trace
 
-    @torch.no_grad()
-    def backward(self, trace: Trace, dy: Tensor, *, onward: bool) -> Tensor | None:
-        """Write every parameter's ``grad``, which must be there, for the gradient `[N, out]` of what came out.
+    def backward(
+        self, layers: Layers, trace: Trace, dy: Tensor, into: Layers, scratch: Scratch, *, onward: bool
+    ) -> Tensor | None:
+        """Write every layer's gradient for the gradient `[N, out]` of what came out.
 
         Returns:
-            The gradient `[N, in]` of what went in, if it is asked for.
+            The gradient `[N, in]` of what went in, see `input_gradient`, if it is asked for; it is in the scratch.
         """
-        for index in reversed(range(len(self.weights))):
-            weight, bias, x = self.weights[index], self.biases[index], trace.inputs[index]
-            assert weight.grad is not None  # noqa: S101 - see ActorCritic.gradient
-            assert bias.grad is not None  # noqa: S101
-            kept, activation = trace.kept[index], self._activations[index]
-            dz = layer_gradient(dy, x, weight, kept, activation, weight.grad, bias.grad)
+        for index in reversed(range(len(layers))):
+            x, kept, activation = trace.inputs[index], trace.kept[index], self._activations[index]
+            folded = self._folded[index]
+            dz = layer_gradient(dy, x, kept, activation, *into[index], folded=folded)
             if index or onward:
-                dy = dz @ weight.T
+                turn = (self._depth + index) % 2  # of two that are read and written in turn
+                out = scratch((self._lane, "gradient", turn), x.shape[0], x.shape[1], x)
+                dy = input_gradient(dz, layers[index][0], folded=folded, out=out)
         return dy if onward else None
+
+
+class Flat:
+    """A flat tensor `[P]` of parameters or of their gradients, and its views in the order and shape of the parameters.
+
+    tensor: `[P]`
+    views: by the name of the parameter
+    log_std: `[boxes]`, or None
+    trunk, policy_head, critic: weight and bias of each of their layers
+    """
+
+    def __init__(self, network: ActorCritic, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.views: dict[str, Tensor] = {}
+        start = 0
+        for name, parameter in network.named_parameters():
+            stop = start + parameter.numel()
+            self.views[name] = tensor[start:stop].view(parameter.shape)
+            start = stop
+        self.log_std = self.views.get("log_std")
+        self.trunk, self.policy_head, self.critic = map(self._layers, ("trunk", "policy_head", "critic"))
+
+    def _layers(self, part: str) -> Layers:
+        count = sum(name.startswith(f"{part}.weights.") for name in self.views)
+        return [(self.views[f"{part}.weights.{i}"], self.views[f"{part}.biases.{i}"]) for i in range(count)]
 
 
 class ActorCritic(nn.Module):
@@ -134,80 +223,93 @@ class ActorCritic(nn.Module):
     for the policy's last layer, 1 for the value's.
     """
 
-    def __init__(self, spec: PolicySpec, *, shared: bool, initial_log_std: float) -> None:
+    def __init__(self, spec: PolicySpec, *, shared: bool, initial_log_std: float, threads: int = 1) -> None:
         super().__init__()
         self.spec = spec
         self.shared = shared
         width = sum(array.width for array in spec.observation)
         sizes = [width, *spec.hidden]
-        self.trunk = Perceptron(sizes, spec.activation, spec.activation, 2**0.5) if spec.hidden else None
-        self.policy_head = Perceptron([sizes[-1], spec.output_width], spec.activation, "identity", 0.01)
-        self.critic = Perceptron([sizes[-1], 1] if shared else [*sizes, 1], spec.activation, "identity", 1.0)
+        activation, depth = spec.activation, len(spec.hidden)
+        self.trunk = Perceptron(sizes, activation, activation, 2**0.5) if spec.hidden else None
+        folded = self.trunk is not None and activation == "tanh"
+        head = [sizes[-1], spec.output_width]
+        self.policy_head = Perceptron(head, activation, "identity", 0.01, folded=folded, depth=depth)
+        if shared:
+            head = [sizes[-1], 1]
+            self.critic = Perceptron(head, activation, "identity", 1.0, folded=folded, depth=depth, lane="critic")
+        else:
+            self.critic = Perceptron([*sizes, 1], activation, "identity", 1.0)
         self.distribution = ActionDistribution(spec)
-        self._block: Tensor | None = None
-        self._gradient: Tensor | None = None
+        self._lanes = Lanes(1 if shared else threads)
+        self._flat: tuple[Flat, Flat] | None = None
         self.log_std = nn.Parameter(torch.full((spec.box_width,), float(initial_log_std))) if spec.box_width else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and means `[N, outputs]` and values `[N]`."""
-        features = x if self.trunk is None else self.trunk(x)
-        value = self.critic(features if self.shared else x)
-        return self.policy_head(features), value.squeeze(-1)
+        return self.policy(x), self.value(x)
 
-    def block(self) -> Tensor:
-        """The flat tensor `[P]` of which every parameter is a view: the deviations of boxes, then all layers."""
-        return self._flat()[0]
+    def flat(self) -> tuple[Flat, Flat]:
+        """All parameters, and all gradients, each in one block of which they are views from then on.
 
-    def gradient(self) -> Tensor:
-        """The flat tensor `[P]` of which every parameter's ``grad`` is a view."""
-        return self._flat()[1]
+        They are laid out at the first call, on the device where they are by then.
+        """
+        if self._flat is None:
+            block = torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters()])
+            self._flat = Flat(self, block), Flat(self, torch.zeros_like(block))
+            for name, parameter in self.named_parameters():
+                parameter.data, parameter.grad = (flat.views[name] for flat in self._flat)
+        return self._flat
 
-    def _flat(self) -> tuple[Tensor, Tensor]:
-        """Parameters and gradients in one block each; made at the first call, once the device is known."""
-        if self._block is None or self._gradient is None:
-            parameters = list(self.parameters())  # the deviations are the first
-            self._block = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
-            self._gradient = torch.zeros_like(self._block)
-            start = 0
-            for parameter in parameters:
-                stop = start + parameter.numel()
-                parameter.data = self._block[start:stop].view(parameter.shape)
-                parameter.grad = self._gradient[start:stop].view(parameter.shape)
-                start = stop
-        return self._block, self._gradient
+    @torch.no_grad()
+    def take_gradient(
+        self, x: Tensor, by_outputs: Callable[[Tensor], Tensor], by_value: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Write the gradients of all layers, for a loss whose gradients by what the networks say are given.
 
-    def trace(self, x: Tensor) -> tuple[Tensor, Tensor, list[Trace]]:
-        """What `forward` gives, and what `backward` needs."""
-        features, trunk = (x, None) if self.trunk is None else self.trunk.trace(x)
-        outputs, policy = self.policy_head.trace(features)
-        value, critic = self.critic.trace(features if self.shared else x)
-        return outputs, value.squeeze(-1), [policy, critic, *([] if trunk is None else [trunk])]
-
-    def backward(self, traces: list[Trace], doutputs: Tensor, dvalue: Tensor) -> None:
-        """Write the gradients of all layers into what `gradient` gave.
-
-        Hand-derived, since networks are nothing but layers: autograd takes twice to three times as long for it.
+        Hand-derived, since networks are nothing but layers: autograd takes twice to three times as long for it. Policy
+        and critic are computed in `Lanes` unless they share layers.
 
         Args:
-            traces: of `trace`.
-            doutputs: `[N, outputs]`, the loss by the policy's outputs.
-            dvalue: `[N]`, the loss by the values.
+            x: `[N, width]`.
+            by_outputs: given the policy's outputs `[N, outputs]`, the gradient by them.
+            by_value: given the values `[N]`, the gradient by them.
         """
-        policy, critic, *trunk = traces
-        onward = bool(trunk)
-        dfeatures = self.policy_head.backward(policy, doutputs, onward=onward)
-        by_value = self.critic.backward(critic, dvalue[:, None], onward=onward and self.shared)
-        if self.trunk is not None and dfeatures is not None:
-            self.trunk.backward(trunk[0], dfeatures if by_value is None else dfeatures + by_value, onward=False)
+        layers, into = self.flat()
 
+        def value_lane(features: Tensor, scratch: Scratch, *, onward: bool) -> Tensor | None:
+            value, kept = self.critic.trace(layers.critic, features, scratch)
+            dvalue = by_value(value.squeeze(-1))[:, None]
+            return self.critic.backward(layers.critic, kept, dvalue, into.critic, scratch, onward=onward)
+
+        def policy_lane(scratch: Scratch) -> None:
+            features, hidden = (x, None) if self.trunk is None else self.trunk.trace(layers.trunk, x, scratch)
+            outputs, kept = self.policy_head.trace(layers.policy_head, features, scratch)
+            doutputs, onward = by_outputs(outputs), hidden is not None
+            dy = self.policy_head.backward(layers.policy_head, kept, doutputs, into.policy_head, scratch, onward=onward)
+            dvalue = value_lane(features, scratch, onward=onward) if self.shared else None
+            if self.trunk is not None and hidden is not None and dy is not None:
+                dy = dy if dvalue is None else dy.add_(dvalue)
+                self.trunk.backward(layers.trunk, hidden, dy, into.trunk, scratch, onward=False)
+
+        if self.shared:
+            self._lanes.one(policy_lane)
+        else:
+            self._lanes.both(policy_lane, partial(value_lane, x, onward=False))
+
+    @torch.no_grad()
     def policy(self, x: Tensor) -> Tensor:
         """Logits and means `[N, outputs]` alone."""
-        return self.policy_head(x if self.trunk is None else self.trunk(x))  # type: ignore[no-any-return]
+        layers, scratch = self.flat()[0], Scratch()
+        features = x if self.trunk is None else self.trunk.trace(layers.trunk, x, scratch)[0]
+        return self.policy_head.trace(layers.policy_head, features, scratch)[0]
 
+    @torch.no_grad()
     def value(self, x: Tensor) -> Tensor:
         """Values `[N]` alone."""
-        features = self.trunk(x) if self.shared and self.trunk is not None else x
-        return self.critic(features).squeeze(-1)  # type: ignore[no-any-return]
+        layers, scratch = self.flat()[0], Scratch()
+        if self.shared and self.trunk is not None:
+            x = self.trunk.trace(layers.trunk, x, scratch)[0]
+        return self.critic.trace(layers.critic, x, scratch)[0].squeeze(-1)
 
     @property
     def value_head(self) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rustyrl.weights import VARIANCE_FLOOR
+from rustyrl_learner.gae import discounted_sum
 from rustyrl_learner.statistics import RunningStatistics
 
 __all__ = ["ObservationNormalizer", "RewardNormalizer", "ValueNormalizer"]
@@ -75,12 +76,10 @@ class RewardNormalizer:
         running = self.carried.masked_fill(fresh, 0.0)
         known = reward.double().masked_fill(~valid, 0.0)
         keep = torch.ones_like(known).masked_fill_(valid, gamma)  # nothing passes for a slot without an agent
-        seen = torch.empty_like(known)
-        for t in range(reward.shape[0]):
-            running = running * keep[t] + known[t]
-            seen[t] = running
-            running = running.masked_fill(ended[t], 0.0)
-        self.carried = running
+        known[0] += keep[0] * running
+        keep[1:].masked_fill_(ended[:-1], 0.0)
+        seen = discounted_sum(known.flip(0), keep.flip(0)).flip(0)  # the past is to a step what the future is to others
+        self.carried = seen[-1].masked_fill(ended[-1], 0.0)
         self.statistics.fold(seen[valid][:, None])
 
     def apply(self, reward: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from rustyrl.config import PPOConfig
 from rustyrl_learner.adam import Optimizer
 from rustyrl_learner.network import ActorCritic
 
-__all__ = ["Losses", "TrainingBatch", "kl_estimate", "policy_loss", "ppo_update", "value_loss"]
+__all__ = ["Losses", "Minibatch", "TrainingBatch", "kl_estimate", "minibatch_gradient", "policy_gradient"]
+__all__ += ["policy_loss", "ppo_update", "value_gradient", "value_loss"]
 
 
 MAX_IMPORTANCE = 2.0  # truncates the weight of what the version that collected it found unlikely
@@ -125,6 +126,22 @@ def clip_fraction(ratio: Tensor, clip: float) -> Tensor:
     return ((ratio - 1).abs() > clip).float().mean()
 
 
+def policy_gradient(ratio: Tensor, importance: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """`[N]`: `policy_loss`, before it is averaged, by the log-probability of each action."""
+    gain, limit = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
+    return gain.masked_fill(gain > limit, 0.0).mul_(importance).neg_()  # where this is nan, the loss is, too
+
+
+def value_gradient(value: Tensor, old_value: Tensor, target: Tensor, clip: float) -> Tensor:
+    """`[N]`: `value_loss`, before it is averaged, by each value."""
+    error = value - target
+    if clip > 0:
+        change = value - old_value
+        clipped = old_value + change.clamp(-clip, clip) - target
+        error.masked_fill_((change.abs() > clip) & (clipped.abs() > error.abs()), 0.0)
+    return error
+
+
 def ppo_update(
     network: ActorCritic,
     optimizer: Optimizer,
@@ -146,87 +163,131 @@ def ppo_update(
         on_minibatch: called after each optimiser step; may raise to abandon the update.
 
     Raises:
-        FloatingPointError: naming the first loss or gradient that is not finite. The parameters are then
-            what they were before that optimiser step.
+        FloatingPointError: naming the first loss or gradient that is not finite. On the CPU the parameters are then
+            what they were before that optimiser step; elsewhere it is looked for once an epoch.
     """
-    count = batch.observation.shape[0]
+    count, device = batch.observation.shape[0], batch.observation.device
     minibatches = max(1, round(count / config.minibatch_size))
-    gradient = network.gradient()
-    sums = torch.zeros(6, device=batch.observation.device)
     edges = [count * i // minibatches for i in range(minibatches + 1)]
-    steps = epochs = 0
-    first_ratio_error: Tensor | None = None
-    for _ in range(config.epochs):
-        order = torch.randperm(count, generator=generator).to(batch.observation.device)
-        epoch_kl = torch.zeros((), device=batch.observation.device)
-        shuffled = batch.select(order)
+    gradient = network.flat()[1].tensor
+    figures: list[Tensor] = []
+    first_ratio_error = 0.0
+    for epoch in range(config.epochs):
+        rows = batch.select(torch.randperm(count, generator=generator).to(device))
+        importance = (rows.proximal_log_prob - rows.behavior_log_prob).exp_().clamp_(max=MAX_IMPORTANCE)
+        seen: list[Minibatch] = []
         for start, stop in itertools.pairwise(edges):
-            rows = shuffled.slice(start, stop)
-            losses, log_prob = _take_gradient(network, gradient, rows, config)
+            part, weight = rows.slice(start, stop), importance[start:stop]
+            result = minibatch_gradient(network, part, weight, config)
+            if not seen and epoch == 0:
+                first_ratio_error = (result.log_prob - part.behavior_log_prob).exp().sub(1).abs().max().item()
+            if device.type == "cpu" or stop == count:  # to look at a number waits for the device
+                _check_finite(network, part, weight, result, config)
+            gradient.mul_((config.max_gradient_norm / (result.gradient_norm + 1e-6)).clamp_(max=1.0))
             optimizer.step(learning_rate)
-            if first_ratio_error is None:
-                first_ratio_error = (log_prob - rows.behavior_log_prob).exp().sub(1).abs().max()
-            sums += losses
-            epoch_kl += losses[3]
-            steps += 1
+            seen.append(result)
             on_minibatch()
-        epochs += 1
-        kl = epoch_kl.item() / minibatches
+        figures.append(_figures(rows, importance, seen, config))
+        kl = figures[-1][APPROX_KL].item()
         if config.schedule == "kl":
             learning_rate = _adapt(learning_rate, kl, config)
         if config.stop_kl and kl > config.stop_kl:
             break
-    policy, value, entropy, approx_kl, clipped, norm = (sums / steps).tolist()
-    assert first_ratio_error is not None  # noqa: S101 - there is at least one minibatch
-    error = float(first_ratio_error)
-    return Losses(policy, value, entropy, approx_kl, clipped, norm, error, epochs, learning_rate)
+    policy, value, entropy, approx_kl, clipped, norm = torch.stack(figures).mean(0).tolist()
+    return Losses(policy, value, entropy, approx_kl, clipped, norm, first_ratio_error, len(figures), learning_rate)
 
 
-def _take_gradient(
-    network: ActorCritic, gradient: Tensor, batch: TrainingBatch, config: PPOConfig
-) -> tuple[Tensor, Tensor]:
-    """Have the gradient of one minibatch, clipped; its losses and figures, and the log-probabilities."""
-    outputs, value, traces = network.trace(batch.observation)
-    leaves = [outputs.requires_grad_(), value.requires_grad_()]  # autograd is for the losses, networks have their own
-    if network.log_std is not None:
-        leaves.append(network.log_std)
-    advantage = batch.advantage
-    if config.normalize_advantage and len(advantage) > 1:
+@dataclass(frozen=True, slots=True)
+class Minibatch:
+    """What is kept of a minibatch of N rows, as the network was before its step.
+
+    advantage: `[N]`, normalised if that is asked for
+    log_prob, value: `[N]`
+    entropy, gradient_norm: `[]`
+    """
+
+    advantage: Tensor
+    log_prob: Tensor
+    value: Tensor
+    entropy: Tensor
+    gradient_norm: Tensor
+
+
+@torch.no_grad()
+def minibatch_gradient(network: ActorCritic, rows: TrainingBatch, importance: Tensor, config: PPOConfig) -> Minibatch:
+    """Write the gradient of the whole loss on N rows into the network's.
+
+    By hand from end to end: autograd and the figures, which can wait for the end of the epoch, took longer than all
+    else where minibatches are small.
+
+    Args:
+        network: its parameters are only read.
+        rows: of the minibatch.
+        importance: `[N]`, see `policy_loss`.
+        config: coefficients.
+    """
+    count = len(importance)
+    advantage = rows.advantage
+    if config.normalize_advantage and count > 1:
         deviation, mean = torch.std_mean(advantage)
         advantage = (advantage - mean) / (deviation + 1e-8)
-    log_prob = network.log_prob(outputs, batch.action, batch.action_mask)
-    log_ratio = log_prob - batch.proximal_log_prob
+    seen: dict[str, Tensor] = {}
+    parameters, into = network.flat()
+    distribution = network.distribution
+
+    def by_outputs(outputs: Tensor) -> Tensor:
+        log_prob, entropy, kept = distribution.trace(outputs, parameters.log_std, rows.action, rows.action_mask)
+        seen["log_prob"], seen["entropy"] = log_prob, entropy.mean()
+        ratio = (log_prob - rows.proximal_log_prob).exp_()
+        dlog_prob = policy_gradient(ratio, importance, advantage, config.clip).div_(count)
+        return distribution.backward(kept, dlog_prob, -config.entropy / count, into.log_std)
+
+    def by_value(value: Tensor) -> Tensor:
+        seen["value"] = value
+        dvalue = value_gradient(value, rows.value, rows.value_target, config.value_clip)
+        return dvalue.mul_(config.value_coefficient / count)
+
+    network.take_gradient(rows.observation, by_outputs, by_value)
+    return Minibatch(advantage, **seen, gradient_norm=torch.linalg.vector_norm(into.tensor))
+
+
+# What an epoch comes to, in the order of `Losses`.
+POLICY_LOSS, VALUE_LOSS, ENTROPY, APPROX_KL, CLIP_FRACTION, GRADIENT_NORM = range(6)
+
+
+@torch.no_grad()
+def _figures(rows: TrainingBatch, importance: Tensor, seen: list[Minibatch], config: PPOConfig) -> Tensor:
+    """`[6]`, the means over the rows of these minibatches."""
+    advantage, log_prob, value = (
+        torch.cat([getattr(result, name) for result in seen]) for name in ("advantage", "log_prob", "value")
+    )
+    log_ratio = log_prob - rows.proximal_log_prob
     ratio = log_ratio.exp()
-    importance = (batch.proximal_log_prob - batch.behavior_log_prob).exp().clamp(max=MAX_IMPORTANCE)
-    policy = policy_loss(ratio, importance, advantage, config.clip)
-    critic = value_loss(value, batch.value, batch.value_target, config.value_clip)
-    with torch.set_grad_enabled(config.entropy > 0):  # else it is a figure to look at only
-        entropy = network.entropy(outputs, batch.action_mask).mean()
-    loss = policy + config.value_coefficient * critic - config.entropy * entropy
-    doutputs, dvalue, *dlog_std = torch.autograd.grad(loss, leaves)
-    network.backward(traces, doutputs, dvalue)
-    if network.log_std is not None and network.log_std.grad is not None:
-        network.log_std.grad.copy_(dlog_std[0])
-    norm = torch.linalg.vector_norm(gradient)
-    with torch.no_grad():
-        figures = torch.stack(
-            [policy, critic, entropy, kl_estimate(log_ratio), clip_fraction(ratio, config.clip), norm]
-        )
-    _check_finite(network, norm, policy, critic, entropy)
-    gradient.mul_((config.max_gradient_norm / (norm + 1e-6)).clamp_(max=1.0))
-    return figures, log_prob.detach()
+    return torch.stack(
+        [
+            policy_loss(ratio, importance, advantage, config.clip),
+            value_loss(value, rows.value, rows.value_target, config.value_clip),
+            torch.stack([result.entropy for result in seen]).mean(),
+            kl_estimate(log_ratio),
+            clip_fraction(ratio, config.clip),
+            torch.stack([result.gradient_norm for result in seen]).mean(),
+        ]
+    )
 
 
-def _check_finite(network: ActorCritic, norm: Tensor, policy: Tensor, critic: Tensor, entropy: Tensor) -> None:
-    if math.isfinite((norm + policy + critic + entropy).item()):  # a clipped row hides its loss from the gradients
+def _check_finite(
+    network: ActorCritic, rows: TrainingBatch, importance: Tensor, result: Minibatch, config: PPOConfig
+) -> None:
+    if math.isfinite(result.gradient_norm.item()):  # what is not finite in a loss is not in its gradient either
         return
-    for name, loss in (("policy loss", policy), ("value loss", critic), ("entropy", entropy)):
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the {name} is {loss.item()}")
-    for name, parameter in network.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+    figures = _figures(rows, importance, [result], config)
+    for name, index in (("policy loss", POLICY_LOSS), ("value loss", VALUE_LOSS), ("entropy", ENTROPY)):
+        if not torch.isfinite(figures[index]):
+            raise FloatingPointError(f"the {name} is {figures[index].item()}")
+    for name, gradient in network.flat()[1].views.items():
+        if not torch.isfinite(gradient).all():
             raise FloatingPointError(f"the gradient of {name} is not finite")
-    raise FloatingPointError(f"the gradient norm is {norm.item()}")
+    raise FloatingPointError(f"the gradient norm is {result.gradient_norm.item()}")
 
 
 def _adapt(learning_rate: float, kl: float, config: PPOConfig) -> float:

@@ -14,6 +14,7 @@ from rustyrl.errors import UsageError
 from rustyrl.spec import EnvironmentSpec
 from rustyrl.weights import PolicySpec, encode_weights, read_policy
 from rustyrl_learner.adam import Adam
+from rustyrl_learner.device import default_threads, share_threads
 from rustyrl_learner.network import ActorCritic, export_weights, import_weights
 from rustyrl_learner.normalizer import ObservationNormalizer, RewardNormalizer, ValueNormalizer
 
@@ -38,7 +39,10 @@ class Training:
             box=config.policy.box,
         )
         shared = config.policy.trunk == "shared"
-        network = ActorCritic(policy, shared=shared, initial_log_std=config.policy.initial_log_std)
+        deviation, threads = config.policy.initial_log_std, 1
+        if device.type == "cpu":
+            threads = share_threads(config.run.threads or default_threads(), shared=shared)
+        network = ActorCritic(policy, shared=shared, initial_log_std=deviation, threads=threads)
         self.network = network.to(device)
         self.normalizer: ObservationNormalizer | None = None
         if config.policy.normalize:
@@ -50,10 +54,11 @@ class Training:
         self.values: ValueNormalizer | None = None
         if config.ppo.normalize_value:
             self.values = ValueNormalizer(VALUE_WINDOW * slots * config.batch.unroll_length, device)
+        parameters, gradient = self.network.flat()
         deviations = 0 if self.network.log_std is None else self.network.log_std.numel()
         self.optimizer = Adam(
-            self.network.block(),
-            self.network.gradient(),
+            parameters.tensor,
+            gradient.tensor,
             epsilon=config.ppo.adam_epsilon,
             decay=config.ppo.weight_decay if config.ppo.optimizer == "adamw" else 0.0,
             kept=deviations,  # deviations that decay would draw every policy to the same width
@@ -112,7 +117,7 @@ class Training:
 
         The optimiser's moments come from gradients that were checked, and are looked at when a checkpoint is written.
         """
-        changed = [self.network.block()]
+        changed = [self.network.flat()[0].tensor]
         if self.normalizer is not None:
             changed += [self.normalizer.statistics.mean, self.normalizer.statistics.variance]
         if torch.stack([tensor.sum(dtype=torch.float64) for tensor in changed]).sum().isfinite():
