@@ -344,7 +344,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
     table.add_row("seconds", f"{summary['seconds']:.1f}")
     table.add_row("trained SPS", f"{summary['trained_sps']:,.0f}")
     table.add_row("policy version", str(summary["policy_version"]))
-    table.add_row("bottleneck", summary["bottleneck"])
+    if summary["bottleneck"]:
+        table.add_row("bottleneck", escape(summary["bottleneck"]))
     for name, value in (summary["eval"] or {}).items():
         table.add_row(name, "-" if value is None else f"{value:.6g}")
     for finding in summary["findings"]:

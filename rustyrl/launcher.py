@@ -444,6 +444,7 @@ class Launcher:
                 evaluation,
                 self._learner,
                 self._board.actor_restarts,
+                self._config,
             )
             self._folder.write_summary(summary)
         except OSError as error:

@@ -15,6 +15,7 @@ from rustyrl.learner_keeper import LearnerKeeper
 from rustyrl.progress import View
 from rustyrl.rates import Rates
 from rustyrl.spec import EnvironmentSpec
+from rustyrl.summary import bottleneck
 from rustyrl.supervisor import Berth, Death, Supervisor
 from rustyrl.usage import UNKNOWN, Usage
 
@@ -22,7 +23,7 @@ __all__ = ["StatusBoard"]
 
 CURVE_POINTS = 240  # of the learning curve; older ones are thinned out
 LISTED_APART = {"kind", "actors", "tickets", "gpu", "silent", "worlds_moved", "worlds_restarted"}
-LISTED_APART |= {"received_bytes", "sent_bytes", "refused_messages"}
+LISTED_APART |= {"recent", "received_bytes", "sent_bytes", "refused_messages"}
 CRASHES_SHOWN = 5
 
 
@@ -100,6 +101,7 @@ class StatusBoard:
             "learner": self._describe_learner(report),
             "actors": actors,
             "actors_absent": [describe_absent(berth) for berth in absent],
+            "bottleneck": bottleneck(report, self._config) if state == "running" else "",
             "held_by": self._holdups.holders(actors, self.wait_share() if state == "running" else None),
             "actors_started": len(supervisor.berths),
             "actors_alive": sum(berth.running for berth in supervisor.berths),

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from rustyrl.config import Config
 from rustyrl.learner_keeper import LearnerKeeper
+from rustyrl.processes import available_cores
+from rustyrl.verdict import Timing, judge
 
-__all__ = ["bottleneck", "summarize"]
+__all__ = ["bottleneck", "summarize", "timing_figures"]
+
+
+MOST_PREDICTED = 32  # numbers of actors
 
 
 def summarize(
@@ -18,6 +24,7 @@ def summarize(
     evaluation: dict[str, Any] | None,
     learner: LearnerKeeper,
     actor_restarts: int,
+    config: Config,
 ) -> dict[str, Any]:
     """The summary of a run that has ended.
 
@@ -30,6 +37,7 @@ def summarize(
         evaluation: of that policy, None if there was none.
         learner: with its last report.
         actor_restarts: actors that were replaced.
+        config: of the run.
     """
     report = learner.report
     return {
@@ -40,7 +48,8 @@ def summarize(
         "trained_sps": round(report.get("trained_sps", 0.0), 1),
         "policy_version": policy_version,
         "stopped_by": stopped_by,
-        "bottleneck": bottleneck(report.get("stages_s", {})),
+        "bottleneck": bottleneck(report, config),
+        "timing": timing_figures(report, config),
         "eval": evaluation,
         "tickets": report.get("tickets", {}),
         "tickets_before": learner.past,
@@ -50,11 +59,36 @@ def summarize(
     }
 
 
-def bottleneck(stages_s: dict[str, float]) -> str:
-    """Which side the other waits for, by the learner's own clock."""
-    total = sum(stages_s.values())
-    if not total:
-        return "unknown"
-    waiting = stages_s.get("wait", 0.0) / total
-    side = "actors" if waiting > 0.5 else "learner"
-    return f"{side} (the learner waits for experience {waiting:.0%} of the time)"
+def bottleneck(report: dict[str, Any], config: Config) -> str:
+    """What limits the run and what would change that, by what its learner reports; "" while too little is known."""
+    timing = _timing(report, config)
+    return "" if timing is None else judge(timing).text
+
+
+def timing_figures(report: dict[str, Any], config: Config) -> dict[str, Any] | None:
+    """What `bottleneck` is computed from, of the newest updates; None while too little is known.
+
+    Returns:
+        ``sps``, ``learner_wait`` (share), ``learning_s`` and ``collecting_s`` of a batch, ``busy_cores``, ``cores``,
+        ``actors``, ``limit``, and ``sps_by_actors``: what so many actors are expected to give.
+    """
+    timing = _timing(report, config)
+    if timing is None:
+        return None
+    numbers = {*range(1, min(timing.worlds, MOST_PREDICTED) + 1), timing.actors, timing.worlds}
+    return {
+        "sps": round(timing.steps / timing.seconds, 1),
+        "learner_wait": round(timing.wait, 4),
+        "learning_s": round(timing.learning_s, 6),
+        "collecting_s": round(timing.collecting_s(timing.actors), 6),
+        "busy_cores": round(timing.cpu_s / timing.seconds, 3),
+        "cores": timing.cores,
+        "actors": timing.actors,
+        "limit": judge(timing).limit,
+        "sps_by_actors": {str(n): round(timing.predict_sps(n), 1) for n in sorted(numbers)},
+    }
+
+
+def _timing(report: dict[str, Any], config: Config) -> Timing | None:
+    lag = config.batch.max_policy_lag
+    return Timing.of(report.get("recent", {}), config.batch.worlds, available_cores(), lag)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 
 import msgspec
@@ -61,6 +62,7 @@ class Fleet:
         self._weights: Weights | None = None
         self._version = -1
         self._policies: dict[int, Policy] = {}
+        self._cpu_s = time.process_time()
 
     @property
     def fingerprint(self) -> str:
@@ -107,6 +109,8 @@ class Fleet:
         unroll(worlds, self._policy(buffer.rollout.slots), buffer, stages, self.pulse)
         for world in worlds:
             world.next_batch = ticket.batch + 1
+        before, self._cpu_s = self._cpu_s, time.process_time()
+        stages.add("cpu", self._cpu_s - before)
         buffer.rollout.origin = RolloutOrigin(
             fingerprint=self._source.spec.fingerprint,
             policy_name="main",

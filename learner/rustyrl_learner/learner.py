@@ -30,6 +30,7 @@ from rustyrl_learner.collector import Collector
 from rustyrl_learner.device import choose_device, gpu_figures
 from rustyrl_learner.diagnosis import Diagnosis, explain_not_finite
 from rustyrl_learner.ppo import Losses, ppo_update
+from rustyrl_learner.recent import RecentUpdates
 from rustyrl_learner.record import EpisodeWindow, MetricsLog
 from rustyrl_learner.schedule import scheduled
 from rustyrl_learner.training import Training
@@ -86,6 +87,8 @@ class Learner:
         self._reported = 0.0
         self._losses: dict[str, Any] = {}
         self._newest_s: dict[str, float] = {}  # of the newest update, by stage
+        self._recent = RecentUpdates()
+        self._held = False  # whether training was held, by a pause or by evaluations, since the update before
         self._lags: Counter[int] = Counter()  # env steps trained on, by policy lag
 
         self._corrected = uses_vtrace(config.ppo, config.batch.max_policy_lag)
@@ -178,10 +181,10 @@ class Learner:
         with stages("export"):
             weights = training.weights()
         with stages("publish"):
-            actor_s, receive_s = buffer.actor_stage_s(), buffer.receive_s
+            actor_s, receive_s, actors = buffer.actor_stage_s(), buffer.receive_s, len(buffer.answers)
             rejected = "warm-up" if warm_up else None
             self._collector.publish(buffer, self._counters.policy_version, weights, rejected)
-        self._record(figures, {"receive_s": receive_s, "actor_s": actor_s})
+        self._record(figures, {"receive_s": receive_s, "actor_s": actor_s}, trained, actors)
 
     def _train(self, batch: Batch) -> tuple[Losses, dict[str, float]]:
         """Stops 7 and 8: what the update did, and its figures by the names in docs/metrics.md."""
@@ -217,6 +220,7 @@ class Learner:
                 if buffer is not None:
                     return buffer
             else:
+                self._held = True
                 time.sleep(WAIT_S / 10)
 
     def _finished(self) -> str | None:
@@ -228,9 +232,14 @@ class Learner:
         limit = self._config.run.total_steps
         return self._counters.steps / limit if limit else 0.0
 
-    def _record(self, losses: dict[str, Any], stages_s: dict[str, dict[str, float]]) -> None:
+    def _record(self, losses: dict[str, Any], stages_s: dict[str, dict[str, float]], trained: int, actors: int) -> None:
         version, run = self._counters.policy_version, self._config.run
         learner_s = self._stages.take()
+        if self._held:
+            self._recent.skip()
+        else:
+            self._recent.add(trained, actors, learner_s, stages_s["actor_s"])
+        self._held = False
         self._losses, self._newest_s = losses, learner_s
         self._stages_s = {n: self._stages_s.get(n, 0.0) + learner_s.get(n, 0.0) for n in self._stages_s | learner_s}
         row = {
@@ -390,6 +399,7 @@ class Learner:
             "findings": [asdict(finding) for finding in self._diagnosis.findings],
             "stages_s": self._stages_s,
             "update_s": self._newest_s,
+            "recent": self._recent.report(),
             "lag_steps": self._lag_steps(),
             "gpu": gpu_figures(self._device),
             **snapshot,

@@ -22,6 +22,7 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     raise_at: int = 0
     nan_at: int = 0
     sleep_ms: float = 0.0
+    delay_ms: float = 0.0
     deeds: str = ""  # a folder, see `do_deeds`
 
 
@@ -82,6 +83,8 @@ class CountingProcessor(esper.Processor):
     def process(self) -> None:
         world, parameters = self._world, self._world.parameters
         world.ticks += 1
+        if parameters.delay_ms:
+            time.sleep(parameters.delay_ms / 1000)
         if parameters.sleep_ms:
             time.sleep(self._clock.random() * parameters.sleep_ms / 1000)
         if world.ticks == parameters.raise_at:
