@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rustyrl import cluster_verbs, describe, verify_verb
+from rustyrl import bench_verb, cluster_verbs, describe, verify_verb
 from rustyrl.channels import loopback_address
 from rustyrl.cluster_verbs import Json, RunOption, print_json
 from rustyrl.config import Layer, build_config, parse_assignments, read_config
@@ -225,6 +225,7 @@ def check(
 
 
 app.registered_commands += verify_verb.app.registered_commands
+app.registered_commands += bench_verb.app.registered_commands
 
 
 @app.command()

@@ -19,8 +19,9 @@ from msgspec import Meta
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from rustyrl.config import PolicyConfig
 from rustyrl.errors import UsageError, WireError
-from rustyrl.spec import ActionSpec, ArraySpec, spaces_text
+from rustyrl.spec import ActionSpec, ArraySpec, EnvironmentSpec, spaces_text
 
 __all__ = [
     "VARIANCE_FLOOR",
@@ -29,6 +30,7 @@ __all__ = [
     "check_squashable",
     "decode_weights",
     "encode_weights",
+    "policy_spec",
     "read_policy",
     "weights_layout",
 ]
@@ -102,6 +104,19 @@ class Weights:
 
     spec: PolicySpec
     arrays: dict[str, NDArray[np.float32]]
+
+
+def policy_spec(policy: PolicyConfig, spec: EnvironmentSpec) -> PolicySpec:
+    """The policy that a configuration asks for in an environment."""
+    return PolicySpec(
+        observation=spec.observation,
+        action=spec.action,
+        hidden=policy.hidden,
+        activation=policy.activation,
+        normalize=policy.normalize,
+        observation_clip=policy.observation_clip,
+        box=policy.box,
+    )
 
 
 def weights_layout(spec: PolicySpec) -> dict[str, tuple[int, ...]]:

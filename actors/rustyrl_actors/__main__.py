@@ -21,8 +21,9 @@ from rustyrl.black_box import BlackBox
 from rustyrl.errors import ContractError, RunFailedError, UsageError
 from rustyrl.parent import die_with_parent
 from rustyrl.spec import spec_to_json
-from rustyrl.weights import read_policy
+from rustyrl.weights import PolicySpec, read_policy
 from rustyrl_actors.actor import run_actor
+from rustyrl_actors.bench import measure_actor
 from rustyrl_actors.catalog import BUILT_IN, find_environment
 from rustyrl_actors.evaluate import evaluate
 from rustyrl_actors.testing import check_environment
@@ -94,6 +95,10 @@ def _run(arguments: argparse.Namespace, results: BinaryIO) -> None:
         case "check":
             findings, speed = check_environment(arguments.env, _env_config(arguments), seed=arguments.seed)
             results.write(msgspec.json.encode({"findings": findings, "speed": speed}))
+        case "bench":
+            config, spec = _env_config(arguments), msgspec.json.decode(arguments.policy_spec, type=PolicySpec)
+            shape, windows = (arguments.worlds, arguments.unroll_length), (arguments.seconds, arguments.windows)
+            results.write(msgspec.json.encode(measure_actor(arguments.env, config, spec, *shape, *windows)))
         case "envs":
             found = [find_environment(env, {}) for env in sorted(BUILT_IN)]
             rows = [{"env": source.spec.env, "about": source.about, "spec": source.spec} for source in found]
@@ -118,14 +123,20 @@ def _parse() -> argparse.Namespace:
     run.add_argument("--incarnation", type=int, default=0, help="0 draws one")
     run.add_argument("--black-box", type=int, default=-1, help="an inherited file descriptor")
     verbs.add_parser("envs", help="list the built-in environments as JSON")
-    for name in ("describe", "evaluate", "check"):
+    for name in ("describe", "evaluate", "check", "bench"):
         verb = verbs.add_parser(name)
         verb.add_argument("env")
         verb.add_argument("--env-config", default="{}", help="JSON: slots and parameters")
         if name == "evaluate":
             verb.add_argument("--policy", type=Path, required=True)
             verb.add_argument("--episodes", type=int, default=400)
-        if name != "describe":
+        if name == "bench":
+            verb.add_argument("--policy-spec", required=True, help="JSON")
+            verb.add_argument("--worlds", type=int, required=True)
+            verb.add_argument("--unroll-length", type=int, required=True)
+            verb.add_argument("--seconds", type=float, required=True)
+            verb.add_argument("--windows", type=int, required=True)
+        if name in ("evaluate", "check"):
             verb.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

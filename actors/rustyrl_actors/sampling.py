@@ -75,7 +75,10 @@ class BoxSampler:
 
 
 class ChoiceSampler:
-    """k independent categorical choices among n each, some of them masked."""
+    """k independent categorical choices among n each, some of them masked.
+
+    Slots come last in its arrays `[k, n, W]`, so that what goes over two or three choices runs along whole rows.
+    """
 
     def __init__(self, part: ActionSpec, block: ActionBlock, slots: int) -> None:
         self.part, self.block = part, block
@@ -83,45 +86,46 @@ class ChoiceSampler:
         self.log_prob = np.empty(slots, np.float32)
         first = sum(part.counts[: block.within.start])
         self._mask_columns = slice(first, first + groups * count)
-        self._shape = (slots, groups, count)
+        self._shape = (groups, count, slots)
         self._logits = np.empty(self._shape, np.float32)
         self._probability = np.empty(self._shape, np.float32)
         self._passed = np.empty(self._shape, bool)
-        self._column = np.empty((slots, groups, 1), np.float32)
-        self._chosen = np.empty((slots, groups), np.float32)
-        self._choice = np.empty((slots, groups), np.int64)
-        self._flat = np.empty((slots, groups), np.int64)
-        self._first = np.arange(slots * groups).reshape(slots, groups) * count  # where each group's logits start
+        self._row = np.empty((groups, 1, slots), np.float32)
+        self._chosen = np.empty((groups, slots), np.float32)
+        self._choice = np.empty((groups, slots), np.int64)
+        self._flat = np.empty((groups, slots), np.int64)
+        self._first = np.arange(groups)[:, None] * (count * slots) + np.arange(slots)  # of each group's logits
 
     def draw(
         self, outputs: Floats, noise: Floats | None, mask: NDArray[np.bool_] | None, out: NDArray[np.generic]
     ) -> None:
         """Write choices `[W, k]`, and with noise their log-probability; the mask is that of the whole part."""
-        logits, probability, column = self._logits, self._probability, self._column
-        np.copyto(logits, outputs.reshape(self._shape))
+        logits, probability, row = self._logits, self._probability, self._row
+        np.copyto(logits, outputs.T.reshape(self._shape))
         if mask is not None:
-            np.copyto(logits, MASKED_LOGIT, where=~mask[:, self._mask_columns].reshape(self._shape))
+            np.copyto(logits, MASKED_LOGIT, where=~mask[:, self._mask_columns].T.reshape(self._shape))
         if noise is None:
-            np.argmax(logits, axis=2, out=self._choice)
-            out[...] = self._choice
+            np.argmax(logits, axis=1, out=self._choice)
+            out[...] = self._choice.T
             return
-        np.max(logits, axis=2, keepdims=True, out=column)
-        np.subtract(logits, column, out=logits)
+        np.maximum.reduce(logits, axis=1, keepdims=True, out=row)
+        np.subtract(logits, row, out=logits)
         np.exp(logits, out=probability)
-        np.cumsum(probability, axis=2, out=probability)
-        total = probability[:, :, -1:]
+        np.add.accumulate(probability, axis=1, out=probability)
+        total = probability[:, -1:]
         # The first choice whose cumulated probability exceeds the threshold; below the total, so that one does and
         # a choice of probability 0 never is the one.
-        np.multiply(noise[:, :, None], total, out=column)
-        np.minimum(column, np.nextafter(total, np.float32(0)), out=column)
-        np.less_equal(probability, column, out=self._passed)
-        np.sum(self._passed, axis=2, out=self._choice)
-        out[...] = self._choice
-        np.log(total, out=column)
-        np.add(self._choice, self._first, out=self._flat)
-        np.take(logits, self._flat, out=self._chosen, mode="clip")
-        np.subtract(self._chosen, column[:, :, 0], out=self._chosen)
-        np.sum(self._chosen, axis=1, out=self.log_prob)
+        np.multiply(noise.T[:, None], total, out=row)
+        np.minimum(row, np.nextafter(total, np.float32(0)), out=row)
+        np.less_equal(probability, row, out=self._passed)
+        np.add.reduce(self._passed, axis=1, dtype=np.int64, out=self._choice)
+        out[...] = self._choice.T
+        np.log(total, out=row)
+        np.multiply(self._choice, len(self.log_prob), out=self._flat)
+        np.add(self._flat, self._first, out=self._flat)
+        logits.take(self._flat, out=self._chosen, mode="clip")
+        np.subtract(self._chosen, row[:, 0], out=self._chosen)
+        np.add.reduce(self._chosen, axis=0, out=self.log_prob)
 
     def bound(self, raw: NDArray[np.generic], out: NDArray[np.generic]) -> None:
         """Write what the environment is given for choices `[W, k]`: they are within their bounds."""

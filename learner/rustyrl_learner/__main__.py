@@ -25,6 +25,8 @@ def main() -> int:
     die_with_parent(arguments.parent)
     if arguments.verb == "doctor":
         return _doctor()
+    if arguments.verb == "bench":
+        return _bench(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     with ControlClient(arguments.control) as control:
         control.send({"kind": "hello", "pid": os.getpid()})
@@ -69,11 +71,29 @@ def _doctor() -> int:
     return 0
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from rustyrl_learner.bench import measure_learner
+
+    config, spec = build_config(read_config(arguments.config)), read_spec(arguments.spec.read_bytes())
+    try:
+        parts = measure_learner(config, spec, arguments.seconds, arguments.windows)
+    except UsageError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    sys.stdout.buffer.write(msgspec.json.encode(parts))
+    return 0
+
+
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m rustyrl_learner")
     parser.add_argument("--parent", type=int, default=0, help="die with this process")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("doctor", help="say what torch sees, as JSON")
+    bench = verbs.add_parser("bench", help="measure updates, as JSON")
+    bench.add_argument("--config", type=Path, required=True)
+    bench.add_argument("--spec", type=Path, required=True)
+    bench.add_argument("--seconds", type=float, required=True)
+    bench.add_argument("--windows", type=int, required=True)
     run = verbs.add_parser("run", help="be the learner of a run folder")
     run.add_argument("--run", type=Path, required=True)
     run.add_argument("--control", required=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from rustyrl.config import Config
 from rustyrl.errors import UsageError
 from rustyrl.spec import EnvironmentSpec
-from rustyrl.weights import PolicySpec, encode_weights, read_policy
+from rustyrl.weights import encode_weights, policy_spec, read_policy
 from rustyrl_learner.adam import Adam
 from rustyrl_learner.device import default_threads, share_threads
 from rustyrl_learner.network import ActorCritic, export_weights, import_weights
@@ -29,15 +29,7 @@ class Training:
     def __init__(self, config: Config, spec: EnvironmentSpec, device: torch.device) -> None:
         torch.manual_seed(config.run.seed)
         self.shuffle = torch.Generator().manual_seed(config.run.seed)
-        policy = PolicySpec(
-            observation=spec.observation,
-            action=spec.action,
-            hidden=config.policy.hidden,
-            activation=config.policy.activation,
-            normalize=config.policy.normalize,
-            observation_clip=config.policy.observation_clip,
-            box=config.policy.box,
-        )
+        policy = policy_spec(config.policy, spec)
         shared = config.policy.trunk == "shared"
         deviation, threads = config.policy.initial_log_std, 1
         if device.type == "cpu":
