@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +51,10 @@ def draw(status: dict[str, Any], width: int, height: int | None, aspect: Aspect)
     if height is None or height >= SHORTEST:
         actors = 2 + max(1, len(status["actors"]) + len(status["actors_absent"]))
         lines += _blocks(status, width, height, 0 if height is None else height - len(lines) - actors - 1)
-    if status["bottleneck"] and (height is None or height >= SHORT):
-        lines.append(Text.assemble(("limited by ", "dim"), status["bottleneck"]))
+    others = 2 + max(1, len(status["actors"]) + len(status["actors_absent"])) + (aspect.footer is not None)
+    limit = textwrap.wrap(status["bottleneck"], width)
+    if height is None or height - len(lines) >= others + len(limit):  # where nothing has to go for it
+        lines += [Text(line, "dim") for line in limit]
     wanted, here = status["actors_wanted"], sum(row["ready"] for row in status["actors"])
     by_order = "" if aspect.order == "index" else f", by {aspect.order}"
     auto = status["auto"]

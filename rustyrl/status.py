@@ -15,7 +15,7 @@ from rustyrl.learner_keeper import LearnerKeeper
 from rustyrl.progress import View
 from rustyrl.rates import Rates
 from rustyrl.spec import EnvironmentSpec
-from rustyrl.summary import bottleneck
+from rustyrl.summary import bottleneck, stage_shares
 from rustyrl.supervisor import Berth, Death, Supervisor
 from rustyrl.usage import UNKNOWN, Usage
 
@@ -102,6 +102,7 @@ class StatusBoard:
             "actors": actors,
             "actors_absent": [describe_absent(berth) for berth in absent],
             "bottleneck": bottleneck(report, self._config) if state == "running" else "",
+            "stage_shares": stage_shares(report.get("recent", {})),
             "held_by": self._holdups.holders(actors, self.wait_share() if state == "running" else None),
             "actors_started": len(supervisor.berths),
             "actors_alive": sum(berth.running for berth in supervisor.berths),

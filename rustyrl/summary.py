@@ -9,7 +9,7 @@ from rustyrl.learner_keeper import LearnerKeeper
 from rustyrl.processes import available_cores
 from rustyrl.verdict import Timing, judge
 
-__all__ = ["bottleneck", "summarize", "timing_figures"]
+__all__ = ["bottleneck", "stage_shares", "summarize", "timing_figures"]
 
 
 MOST_PREDICTED = 32  # numbers of actors
@@ -87,6 +87,16 @@ def timing_figures(report: dict[str, Any], config: Config) -> dict[str, Any] | N
         "limit": judge(timing).limit,
         "sps_by_actors": {str(n): round(timing.predict_sps(n), 1) for n in sorted(numbers)},
     }
+
+
+def stage_shares(recent: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The shares of the stages in the time of the ``learner`` and of all ``actors``, over the newest updates."""
+    shares = {}
+    for side, name in (("learner", "learner_s"), ("actors", "actor_s")):
+        spent = {stage: seconds for stage, seconds in recent.get(name, {}).items() if stage != "cpu"}
+        total = sum(spent.values())
+        shares[side] = {stage: round(seconds / total, 4) for stage, seconds in spent.items()} if total else {}
+    return shares
 
 
 def _timing(report: dict[str, Any], config: Config) -> Timing | None:

@@ -25,7 +25,8 @@ def with_actors(count: int) -> dict[str, Any]:
 
 def slow() -> dict[str, Any]:
     """Actor 2 holds the batch."""
-    status = recorded(held_by=[2])
+    waits = "the learner waits 83% of the time: world-bound (94% of the actors' work is stepping worlds)"
+    status = recorded(held_by=[2], bottleneck=f"{waits}; faster worlds would help")
     status["actors"][2].update(held_share=0.97, owes_s=2.1, holds=True)
     status["learner"].update(wait_share=0.83)
     return status
