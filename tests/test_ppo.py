@@ -18,7 +18,7 @@ from rustyrl.config import PPOConfig
 from rustyrl.spec import ActionSpec, ArraySpec
 from rustyrl.weights import PolicySpec
 from rustyrl_actors.inference import Policy
-from rustyrl_learner.network import ActorCritic, export_weights
+from rustyrl_learner.network import SPLIT, ActorCritic, export_weights
 from rustyrl_learner.ppo import Losses, TrainingBatch, kl_estimate, policy_loss, ppo_update, value_loss
 
 WIDTH = 5
@@ -659,8 +659,8 @@ def test_two_threads_give_the_bits_of_one(kind: str, shared: bool) -> None:
     ends = []
     for threads in (1, 2):
         network = network_of(kind, shared=shared, threads=threads)
-        config = with_config(epochs=3, minibatch_size=150, entropy=0.02)
-        update(network, batch_of(network, 1000), config, 1e-2)
+        config = with_config(epochs=3, minibatch_size=SPLIT, entropy=0.02)
+        update(network, batch_of(network, 3 * SPLIT + 5), config, 1e-2)
         ends.append(network.flat()[0].tensor.clone())
     assert torch.equal(*ends)
 
@@ -673,4 +673,4 @@ def test_an_exception_in_either_lane_is_raised(broken: str) -> None:
     network = network_of(threads=2)
     by = {"by_outputs": torch.zeros_like, "by_value": torch.zeros_like, broken: fail}
     with pytest.raises(ValueError, match=broken):
-        network.take_gradient(torch.zeros(8, network.spec.observation[0].width), **by)
+        network.take_gradient(torch.zeros(SPLIT, network.spec.observation[0].width), **by)

@@ -10,7 +10,7 @@ import torch
 from rustyrl.errors import UsageError
 from rustyrl.processes import available_cores
 
-__all__ = ["choose_device", "default_threads", "gpu_figures", "share_threads"]
+__all__ = ["choose_device", "gpu_figures", "share_threads"]
 
 
 def choose_device(name: str) -> torch.device:
@@ -41,21 +41,17 @@ def gpu_figures(device: torch.device) -> dict[str, Any] | None:
     return figures
 
 
-def default_threads() -> int:
-    """Torch threads on the CPU: the cores but one, which the actors need, and at most 4, as the products are small.
-
-    A thread too many costs more than it brings: the others spin while it waits for a core.
-    """
-    return max(1, min(4, available_cores() - 1))
-
-
 def share_threads(threads: int, *, shared: bool) -> int:
-    """Have torch use so many threads, half of them for each of two `Lanes`; returns how many lanes there are.
+    """Have torch use so many threads of the CPU, half of them for each of two `Lanes`; returns how many lanes.
 
     Args:
-        threads: of the CPU.
+        threads: 0 takes all cores but one, which the actors need, and at most 4, as the products are small: torch's
+            threads spin while one of them waits for a core. It takes two lanes wherever there are two cores, since a
+            lane that waits does not.
         shared: whether policy and critic share layers, so that there is one lane.
     """
-    lanes = 1 if shared or threads == 1 else 2
-    torch.set_num_threads(threads // lanes)
+    cores = available_cores()
+    chosen = threads or max(1, min(4, cores - 1))
+    lanes = 1 if shared or (threads or cores) == 1 else 2
+    torch.set_num_threads(max(1, chosen // lanes))
     return lanes

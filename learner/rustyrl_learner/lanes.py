@@ -40,13 +40,16 @@ class Lanes:
         ours = (torch.set_num_threads, (torch.get_num_threads(),))
         self._pool = ThreadPoolExecutor(1, "lane", *ours) if threads > 1 else None
         self._first = Scratch()
-        self._second = Scratch() if threads > 1 else self._first
+        self._second = Scratch()
 
-    def both(self, first: Callable[[Scratch], object], second: Callable[[Scratch], object]) -> None:
-        """Do both; an exception of either is raised once both are done."""
-        if self._pool is None:
+    def both(self, first: Callable[[Scratch], object], second: Callable[[Scratch], object], *, together: bool) -> None:
+        """Do both, at the same time if that is asked for and there are threads for it.
+
+        An exception of either is raised once both are done.
+        """
+        if self._pool is None or not together:
             first(self._first)
-            second(self._second)
+            second(self._first)
             return
         beside = self._pool.submit(second, self._second)
         try:

@@ -22,6 +22,8 @@ __all__ += ["layer_gradient"]
 
 
 NARROW = 16  # outputs below which a product is computed transposed
+PIECE = 2048  # rows that are computed at a time where there are no gradients
+SPLIT = 1024  # rows from which on policy and critic are computed at the same time: below, telling takes too long
 Layers = list[tuple[Tensor, Tensor]]  # weight and bias of each
 
 
@@ -294,22 +296,37 @@ class ActorCritic(nn.Module):
         if self.shared:
             self._lanes.one(policy_lane)
         else:
-            self._lanes.both(policy_lane, partial(value_lane, x, onward=False))
+            together = x.shape[0] >= SPLIT
+            self._lanes.both(policy_lane, partial(value_lane, x, onward=False), together=together)
 
-    @torch.no_grad()
     def policy(self, x: Tensor) -> Tensor:
         """Logits and means `[N, outputs]` alone."""
-        layers, scratch = self.flat()[0], Scratch()
-        features = x if self.trunk is None else self.trunk.trace(layers.trunk, x, scratch)[0]
-        return self.policy_head.trace(layers.policy_head, features, scratch)[0]
+        layers = self.flat()[0]
 
-    @torch.no_grad()
+        def say(rows: Tensor, scratch: Scratch) -> Tensor:
+            features = rows if self.trunk is None else self.trunk.trace(layers.trunk, rows, scratch)[0]
+            return self.policy_head.trace(layers.policy_head, features, scratch)[0]
+
+        return self._piecewise(x, say)
+
     def value(self, x: Tensor) -> Tensor:
         """Values `[N]` alone."""
-        layers, scratch = self.flat()[0], Scratch()
-        if self.shared and self.trunk is not None:
-            x = self.trunk.trace(layers.trunk, x, scratch)[0]
-        return self.critic.trace(layers.critic, x, scratch)[0].squeeze(-1)
+        layers = self.flat()[0]
+
+        def say(rows: Tensor, scratch: Scratch) -> Tensor:
+            if self.shared and self.trunk is not None:
+                rows = self.trunk.trace(layers.trunk, rows, scratch)[0]
+            return self.critic.trace(layers.critic, rows, scratch)[0].squeeze(-1)
+
+        return self._piecewise(x, say)
+
+    @torch.no_grad()
+    def _piecewise(self, x: Tensor, say: Callable[[Tensor, Scratch], Tensor]) -> Tensor:
+        """Compute so many rows at a time that what is between the layers stays in a CPU's cache."""
+        scratch, count = Scratch(), x.shape[0]
+        if x.device.type != "cpu" or count <= PIECE:
+            return say(x, scratch)
+        return torch.cat([say(x[start : start + PIECE], scratch) for start in range(0, count, PIECE)])
 
     @property
     def value_head(self) -> tuple[Tensor, Tensor]:

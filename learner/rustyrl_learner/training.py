@@ -14,7 +14,7 @@ from rustyrl.errors import UsageError
 from rustyrl.spec import EnvironmentSpec
 from rustyrl.weights import encode_weights, policy_spec, read_policy
 from rustyrl_learner.adam import Adam
-from rustyrl_learner.device import default_threads, share_threads
+from rustyrl_learner.device import share_threads
 from rustyrl_learner.network import ActorCritic, export_weights, import_weights
 from rustyrl_learner.normalizer import ObservationNormalizer, RewardNormalizer, ValueNormalizer
 
@@ -33,7 +33,7 @@ class Training:
         shared = config.policy.trunk == "shared"
         deviation, threads = config.policy.initial_log_std, 1
         if device.type == "cpu":
-            threads = share_threads(config.run.threads or default_threads(), shared=shared)
+            threads = share_threads(config.run.threads, shared=shared)
         network = ActorCritic(policy, shared=shared, initial_log_std=deviation, threads=threads)
         self.network = network.to(device)
         self.normalizer: ObservationNormalizer | None = None
