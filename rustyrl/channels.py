@@ -120,7 +120,7 @@ class RolloutReceiver(_Sockets):
             self._wakened.recv(4096)
         for _ in range(limit):
             try:
-                frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
+                frames = _receive_frames(self._router)
             except zmq.Again:
                 return
             self.received_bytes += sum(len(frame) for frame in frames)
@@ -236,7 +236,7 @@ class RolloutSender(_Sockets):
 
     def _receive_now(self) -> Received | None:
         try:
-            frames = self._dealer.recv_multipart(zmq.NOBLOCK, copy=False)
+            frames = _receive_frames(self._dealer)
         except zmq.Again:
             return None
         received = _check_frames([zmq.Frame(b""), *frames])
@@ -360,6 +360,14 @@ def _bind(bound: zmq.Socket[bytes], listen: str) -> str:
     if text.startswith("ipc://"):
         os.chmod(text.removeprefix("ipc://"), stat.S_IRUSR | stat.S_IWUSR)  # noqa: PTH101 - a socket, not a file
     return text
+
+
+def _receive_frames(opened: zmq.Socket[bytes]) -> list[zmq.Frame]:
+    """One whole message, in place; raises `zmq.Again`. Frames know whether more follow: pyzmq asks the socket."""
+    frames = [opened.recv(zmq.NOBLOCK, copy=False)]
+    while frames[-1].more:
+        frames.append(opened.recv(zmq.NOBLOCK, copy=False))
+    return frames
 
 
 def _check_frames(frames: list[zmq.Frame]) -> Received:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rustyrl.spec import ArraySpec, EnvironmentSpec
+from rustyrl.spec import ArraySpec, DTypeName, EnvironmentSpec
 
 __all__ = [
     "EpisodeRows",
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 ALIGNMENT_BYTES = 64  # a cache line: every array of a rollout starts on one
+ITEM_BYTES = {name: np.dtype(name).itemsize for name in get_args(DTypeName)}
 POISON = 0xCB  # a byte pattern that reads as a huge negative float32 and as neither True nor False
 
 
@@ -225,10 +227,7 @@ def no_episodes(spec: EnvironmentSpec) -> EpisodeRows:
 
 def array_bytes(array: ArraySpec) -> int:
     """The size of an array, computed with Python integers so that it cannot overflow."""
-    count = np.dtype(array.dtype).itemsize
-    for size in array.shape:
-        count *= size
-    return count
+    return math.prod(array.shape, start=ITEM_BYTES[array.dtype])
 
 
 def aligned(count_bytes: int) -> int:
@@ -237,4 +236,5 @@ def aligned(count_bytes: int) -> int:
 
 
 def _under(views: dict[str, NDArray[np.generic]], prefix: str) -> dict[str, NDArray[np.generic]]:
-    return {name.removeprefix(prefix): view for name, view in views.items() if name.startswith(prefix)}
+    start = len(prefix)
+    return {name[start:]: view for name, view in views.items() if name[:start] == prefix}
