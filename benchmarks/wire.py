@@ -42,7 +42,7 @@ from rustyrl.bench_wire import (
     check_numbers,
     fill_rollout,
 )
-from rustyrl.processes import actor_environment, available_cores
+from rustyrl.processes import actor_environment, available_cores, learner_environment
 from rustyrl.rollout import Rollout
 from rustyrl.spec import EnvironmentSpec
 from rustyrl.wire import decode_header, decode_rollout, encode_rollout
@@ -195,6 +195,8 @@ def main() -> None:
     if arguments.raw_sender:
         send_raw(arguments.raw_sender[0], int(arguments.raw_sender[1]))
         return
+    if os.environ != learner_environment():  # as the process that receives in a run
+        os.execve(sys.executable, [sys.executable, *sys.argv], learner_environment())
     load_before = os.getloadavg()[0]
     rows = [compare(name, arguments.seconds, arguments.windows) for name in arguments.size or SIZES]
     for row in rows:

@@ -1,7 +1,8 @@
 """``rustyrl bench wire``: how much experience a link carries, and how soon a policy is with every actor.
 
-The learner's end is this process, the actors' ends are others: ``python -m rustyrl.bench_wire``. Everything that a
-rollout passes between two arrays is included: encode, send, receive, the checks of its header and of its arrays.
+Everything that a rollout passes between two arrays is included: encode, send, receive, the checks of its header and of
+its arrays. The ends are processes of their own, ``python -m rustyrl.bench_wire``, with the environment variables of a
+learner and of actors.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from rustyrl.channels import Received, RolloutReceiver, RolloutSender, Sent, has_ipc
 from rustyrl.errors import RunFailedError, WireError
 from rustyrl.parent import die_with_parent
-from rustyrl.processes import actor_environment
+from rustyrl.processes import actor_environment, learner_environment
 from rustyrl.rollout import (
     EpisodeRows,
     Rollout,
@@ -84,12 +86,35 @@ def measure_wire(
         weights_bytes: of an encoded policy.
         actors: that it is published to.
     """
+    task = _Task(tuple(sizes), seconds, windows, weights_bytes, actors)
+    command = [*_command("measure"), msgspec.json.encode(task).decode()]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=learner_environment(), check=False
+    )
+    if done.returncode:
+        raise RunFailedError(f"the benchmark of the wire ended with code {done.returncode}")
+    return msgspec.json.decode(done.stdout, type=list[dict[str, Any]])
+
+
+class _Task(msgspec.Struct):
+    """The arguments of `measure_wire` on their way to the process that measures."""
+
+    sizes: tuple[int, ...]
+    seconds: float
+    windows: int
+    weights_bytes: int
+    actors: int
+
+
+def measure(task: _Task) -> list[dict[str, Any]]:
+    """Be the process that measures: the learner's end."""
+    seconds, windows = task.seconds, task.windows
     parts = []
-    for size in sizes:
+    for size in task.sizes:
         with RolloutStream(size) as stream:
             rates = [stream.measure(seconds) for _ in range(windows)]
         parts.append(part(f"wire_mb_s_{size_name(size)}", rates, "MB/s"))
-    with WeightsFan(weights_bytes, actors) as fan:
+    with WeightsFan(task.weights_bytes, task.actors) as fan:
         found = [np.percentile(fan.measure(seconds), (50, 99)) for _ in range(windows)]
     for name, column in zip(("weights_ms_p50", "weights_ms_p99"), zip(*found, strict=True), strict=True):
         parts.append(part(name, [float(value) for value in column], "ms"))
@@ -322,13 +347,17 @@ def _receiver() -> Iterator[RolloutReceiver]:
 @contextmanager
 def _process(role: str, address: str, number: int) -> Iterator[subprocess.Popen[bytes]]:
     """One of the other processes, killed at the end."""
-    command = [sys.executable, "-m", "rustyrl.bench_wire", "--parent", str(os.getpid()), role, address, str(number)]
+    command = [*_command(role), address, str(number)]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=actor_environment())
     try:
         yield process
     finally:
         process.kill()
         process.wait(WAIT_S)
+
+
+def _command(role: str) -> list[str]:
+    return [sys.executable, "-m", "rustyrl.bench_wire", "--parent", str(os.getpid()), role]
 
 
 def _await_peers(receiver: RolloutReceiver, count: int) -> list[bytes]:
@@ -345,13 +374,21 @@ def main() -> None:
     """Be one of the other processes."""
     parser = argparse.ArgumentParser(prog="python -m rustyrl.bench_wire")
     parser.add_argument("--parent", type=int, default=0, help="die with this process")
-    parser.add_argument("role", choices=("send", "decode"))
-    parser.add_argument("address")
-    parser.add_argument("number", type=int)
+    roles = parser.add_subparsers(dest="role", required=True)
+    roles.add_parser("measure").add_argument("task")
+    for name in ("send", "decode"):
+        role = roles.add_parser(name)
+        role.add_argument("address")
+        role.add_argument("number", type=int)
     arguments = parser.parse_args()
     die_with_parent(arguments.parent)
-    roles = {"send": send_rollouts, "decode": decode_policies}
-    roles[arguments.role](arguments.address, arguments.number)
+    match arguments.role:
+        case "measure":
+            sys.stdout.buffer.write(msgspec.json.encode(measure(msgspec.json.decode(arguments.task, type=_Task))))
+        case "send":
+            send_rollouts(arguments.address, arguments.number)
+        case "decode":
+            decode_policies(arguments.address, arguments.number)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,9 @@ RECONNECT_MAX_MS = 2000
 # Messages that one peer may have waiting: tickets bound them to a handful, this bounds a hostile peer.
 HIGH_WATER_MARK = 256
 IDENTITY_BYTES = 16
+# A blob below this is copied on its way out: for each one that is not, pyzmq wakes a thread of its own, which takes the
+# interpreter's lock. Of 64 and of 195 KB, a rollout took its sender 200 us of CPU without the copy and 95 us with it.
+COPIED_BYTES = 1 << 18
 MAX_CONTROL_BYTES = 1 << 24  # a report names every actor, in some hundred bytes each
 MAX_CONTROL_TURN = 256  # messages taken in before other things are looked at
 
@@ -175,6 +178,7 @@ class RolloutSender(_Sockets):
     def __init__(self, address: str) -> None:
         super().__init__()
         self._dealer = self._socket(zmq.DEALER)
+        self._dealer.copy_threshold = COPIED_BYTES
         self._held: deque[Received] = deque()  # came while a send waited
         self._dealer.setsockopt(zmq.IDENTITY, os.urandom(IDENTITY_BYTES - 1) + b"a")
         self._dealer.setsockopt(zmq.IMMEDIATE, 1)

@@ -15,7 +15,7 @@ from typing import IO
 
 from rustyrl.black_box import BlackBox
 
-__all__ = ["Child", "actor_environment", "available_cores", "await_end", "start_child"]
+__all__ = ["Child", "actor_environment", "available_cores", "await_end", "learner_environment", "start_child"]
 
 TAIL_BYTES = 16384
 TRACEBACK = "Traceback (most recent call last)"
