@@ -118,15 +118,16 @@ class RolloutReceiver(_Sockets):
 
     def receive(self, timeout_s: float, limit: int = 64) -> Iterator[Received]:
         """Wait for messages until one comes, `wake` is called or the time is over; then yield what is there."""
-        self._poller.poll(max(0, int(timeout_s * 1000)))
-        with contextlib.suppress(BlockingIOError):
-            self._wakened.recv(4096)
+        ready = dict(self._poller.poll(max(0, int(timeout_s * 1000))))
+        if self._wakened.fileno() in ready:
+            with contextlib.suppress(BlockingIOError):
+                self._wakened.recv(4096)
         for _ in range(limit):
             try:
                 frames = _receive_frames(self._router)
             except zmq.Again:
                 return
-            self.received_bytes += sum(len(frame) for frame in frames)
+            self.received_bytes += sum(map(len, frames))
             yield _check_frames(frames)
 
     def wake(self) -> None:

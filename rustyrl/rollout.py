@@ -197,15 +197,24 @@ def rollout_from_arrays(
     storage: NDArray[np.uint8] | None = None,
 ) -> Rollout:
     """Build the struct from arrays under their wire names (see `rollout_arrays`)."""
-    observation = _under(views, "observation.")
-    final = _under(views, "final_observation.")
+    groups: dict[str, dict[str, NDArray[np.generic]]] = {
+        "observation": {},
+        "action": {},
+        "action_mask": {},
+        "final_observation": {},
+    }
+    for name, view in views.items():
+        group, dot, rest = name.partition(".")
+        if dot and group in groups:
+            groups[group][rest] = view
+    observation, final = groups["observation"], groups["final_observation"]
     if not final:
         final = {name: np.empty((0, *a.shape[2:]), a.dtype) for name, a in observation.items()}
     return Rollout(
         origin=origin,
         observation=observation,
-        action=_under(views, "action."),
-        action_mask=_under(views, "action_mask."),  # type: ignore[arg-type]
+        action=groups["action"],
+        action_mask=groups["action_mask"],  # type: ignore[arg-type]
         behavior_log_prob=views["behavior_log_prob"],  # type: ignore[arg-type]
         reward=views["reward"],  # type: ignore[arg-type]
         terminated=views["terminated"],  # type: ignore[arg-type]
@@ -233,8 +242,3 @@ def array_bytes(array: ArraySpec) -> int:
 def aligned(count_bytes: int) -> int:
     """Round up to the alignment of the arrays in a block."""
     return -(-count_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-
-
-def _under(views: dict[str, NDArray[np.generic]], prefix: str) -> dict[str, NDArray[np.generic]]:
-    start = len(prefix)
-    return {name[start:]: view for name, view in views.items() if name[:start] == prefix}
