@@ -84,6 +84,9 @@ def train(
     assignments: Assignments = None,
     init: Init = None,
     resume: Resume = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Write profiles of every process into RUN/profile/.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Start one learner and N actors on this machine, and train."""
@@ -92,7 +95,7 @@ def train(
         batch={"max_policy_lag": max_policy_lag},
         cluster={"actors": actors, "listen": listen},
     )
-    _train(run, config, assignments, flags, resume=resume, json=json)
+    _train(run, config, assignments, flags, resume=resume, json=json, profile=profile)
 
 
 @app.command(epilog="Example:\n\n  rustyrl learner drone --listen tcp://127.0.0.1:5555 --expect 2")
@@ -271,6 +274,7 @@ def _train(
     *,
     resume: bool,
     json: bool,
+    profile: bool = False,
 ) -> None:
     layers: list[Layer] = []
     if resume:
@@ -282,7 +286,7 @@ def _train(
     layers += [parse_assignments(assignments or []), flags]
     resolved, spec = describe.configure(*layers)
     progress = make_progress(to_stderr=json)
-    summary = launch(resolved, spec, run, resume=resume, progress=progress)
+    summary = launch(resolved, spec, run, resume=resume, progress=progress, profile=profile)
     if json:
         print_json(summary)
     else:

@@ -29,15 +29,32 @@ class Crew:
     """Has the supervisor start and replace actors, and the learner send home, relieve or forget them."""
 
     def __init__(
-        self, config: Config, folder: RunFolder, learner: LearnerKeeper, progress: Progress, order: Order
+        self,
+        config: Config,
+        folder: RunFolder,
+        learner: LearnerKeeper,
+        progress: Progress,
+        order: Order,
+        *,
+        traced: bool = False,
     ) -> None:
-        """Have no actor yet; ``order`` tells the learner something, if it is there to hear it."""
+        """Have no actor yet.
+
+        Args:
+            config: of the run.
+            folder: of the run.
+            learner: of the run.
+            progress: where to say things.
+            order: tells the learner something, if it is there to hear it.
+            traced: a profiler will look into the actors.
+        """
         cluster = config.cluster
         self._config = config
         self._folder = folder
         self._learner = learner
         self._progress = progress
         self._order = order
+        self._traced = traced
         self._link = ""
         self._dead: list[int] = []  # incarnations that the learner is to be told of
         self._alone_since: float | None = None
@@ -208,6 +225,7 @@ class Crew:
                 black_box=box,
                 incarnation=incarnation,
                 niceness=self._config.cluster.actor_niceness,
+                traced=self._traced,
             )
         except OSError:
             if box is not None:

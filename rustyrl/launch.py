@@ -16,6 +16,7 @@ from rustyrl.errors import RunFailedError, UsageError
 from rustyrl.figures import known_figures
 from rustyrl.interrupts import Interrupts
 from rustyrl.launcher import Launcher
+from rustyrl.profiler import find_py_spy
 from rustyrl.progress import Progress, make_progress
 from rustyrl.rollout import array_bytes, rollout_arrays
 from rustyrl.run_folder import RunFolder, new_run_path
@@ -26,27 +27,38 @@ from rustyrl.wire import MAX_BLOB_BYTES
 __all__ = ["launch", "resume_config", "train"]
 
 
-def train(config: Config, run: Path | str | None = None, *, resume: bool = False) -> dict[str, Any]:
+def train(
+    config: Config, run: Path | str | None = None, *, resume: bool = False, profile: bool = False
+) -> dict[str, Any]:
     """Train as ``rustyrl train`` does and return the summary that it would write.
 
     Args:
         config: every setting; ``rustyrl.configure`` makes one from what a world recommends and your changes.
         run: the run folder; None makes a new one below ``runs/``.
         resume: go on from the newest checkpoint in ``run``.
+        profile: write profiles of every process into ``profile/`` of the run folder.
 
     Raises:
         UsageError: something asked for cannot be had.
         RunFailedError: the run started and ended badly, with the cause.
     """
     spec = describe(config.run.env, config.env)
-    return launch(config, spec, run, resume=resume, progress=make_progress(to_stderr=True))
+    return launch(config, spec, run, resume=resume, progress=make_progress(to_stderr=True), profile=profile)
 
 
 def launch(
-    config: Config, spec: EnvironmentSpec, run: Path | str | None, *, resume: bool, progress: Progress
+    config: Config,
+    spec: EnvironmentSpec,
+    run: Path | str | None,
+    *,
+    resume: bool,
+    progress: Progress,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Check what can be checked before anything is started, then run; see `train`."""
     _check(config, spec, None if run is None else Path(run), resume)
+    if profile:
+        find_py_spy()
     with (
         Interrupts() as interrupts,
         RunFolder(Path(run) if run else new_run_path(config.run.env), resume=resume) as folder,
@@ -54,7 +66,7 @@ def launch(
         try:
             _write_inputs(folder, config, spec)
             with progress:
-                return Launcher(config, spec, folder, progress, interrupts, resume=resume).run()
+                return Launcher(config, spec, folder, progress, interrupts, resume=resume, profile=profile).run()
         except UsageError:  # nothing was trained: leave no folder that the next try would stumble over
             folder.discard()
             raise

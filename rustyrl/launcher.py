@@ -22,6 +22,7 @@ from rustyrl.judge import Candidate, Judge
 from rustyrl.learner_keeper import LearnerDeath, LearnerKeeper
 from rustyrl.logs import LogKeeper
 from rustyrl.processes import Child, await_end, start_child
+from rustyrl.profiler import Profiler
 from rustyrl.progress import Progress
 from rustyrl.run_folder import ClusterFile, RunFolder, read_best
 from rustyrl.spec import EnvironmentSpec
@@ -51,6 +52,7 @@ class Launcher:
         interrupts: Interrupts,
         *,
         resume: bool,
+        profile: bool = False,
     ) -> None:
         self._config = config
         self._spec = spec
@@ -63,10 +65,11 @@ class Launcher:
         self._learner = LearnerKeeper(
             self._start_learner, self._newest_checkpoint, crashes, limit, window_s, folder.next_incarnation()
         )
-        self._crew = Crew(config, folder, self._learner, progress, self._order)
+        self._crew = Crew(config, folder, self._learner, progress, self._order, traced=profile)
         self._judge = Judge(config, goal_conditions(config.run, spec), folder.path / "logs" / "evaluate.log")
         self._judge.best = read_best(folder.path) if resume else None
         self._board = StatusBoard(folder.path, config, spec, self._learner, self._crew.supervisor, self._judge)
+        self._profiler = Profiler(folder.path / "profile", progress.say) if profile else None
         self._logs = LogKeeper(folder.path / "logs")
         self._state = "starting"
         self._paused = False
@@ -103,6 +106,8 @@ class Launcher:
             finally:
                 for child in self._children():
                     child.close()
+                if self._profiler is not None:
+                    self._profiler.close()
                 self._judge.close()
                 self._enter(ended)
         return summary
@@ -158,9 +163,11 @@ class Launcher:
                 "--expect",
                 str(max(1, self._crew.expected())),
                 *(["--resume"] if self._resume or not first else []),
+                *(["--profile", str(self._folder.path / "profile")] if self._profiler else []),
             ],
             self._folder.path / "logs" / "learner.log",
             actor=False,
+            traced=self._profiler is not None,
         )
 
     def _newest_checkpoint(self) -> str:
@@ -181,6 +188,8 @@ class Launcher:
         self._crew.scale_by_wait(running=self._state == "running")
         self._check_limits()
         self._logs.turn()
+        if self._profiler is not None:
+            self._profiler.turn(self._children())
         self._show()
 
     def _show(self) -> None:

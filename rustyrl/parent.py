@@ -9,9 +9,10 @@ import sys
 import threading
 import time
 
-__all__ = ["die_with_parent"]
+__all__ = ["allow_tracing", "die_with_parent"]
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_PTRACER = 0x59616D61  # the same; "Yama"
 POLL_S = 1.0
 
 
@@ -28,6 +29,12 @@ def die_with_parent(parent: int) -> None:
             os._exit(1)
     else:
         threading.Thread(target=_watch, args=(parent,), daemon=True, name="parent-watch").start()
+
+
+def allow_tracing(parent: int) -> None:
+    """Let ``parent`` and what it starts look into this process, where only a process's own parent may (Yama)."""
+    if sys.platform == "linux" and parent:
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PTRACER, ctypes.c_ulong(parent), 0, 0, 0)
 
 
 def _watch(parent: int) -> None:

@@ -94,6 +94,7 @@ def start_child(
     black_box: BlackBox | None = None,
     incarnation: int = 0,
     niceness: int = 0,
+    traced: bool = False,
 ) -> Child:
     """Start ``python -m`` with these arguments in a session of its own, so that Ctrl-C reaches the launcher alone.
 
@@ -109,13 +110,14 @@ def start_child(
         black_box: for it to inherit; it is closed with the child.
         incarnation: what tells it from others of its name.
         niceness: how much it steps back behind others for the cores, 0 to 19 (Unix).
+        traced: a profiler that we start will look into it.
 
     Raises:
         OSError: there is no room for another process or file.
     """
     environment = actor_environment() if actor else learner_environment()
     module, *rest = arguments
-    command = [sys.executable, "-m", module, "--parent", str(os.getpid()), *rest]
+    command = [sys.executable, "-m", module, "--parent", str(os.getpid()), *(["--traced"] if traced else []), *rest]
     if black_box is not None:
         command += ["--black-box", str(black_box.descriptor)]
     with _open_log(log) as output:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rustyrl.spec import ArraySpec, EnvironmentSpec
+from rustyrl.spec import ArraySpec, DTypeName, EnvironmentSpec
 
 __all__ = [
     "EpisodeRows",
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 ALIGNMENT_BYTES = 64  # a cache line: every array of a rollout starts on one
+ITEM_BYTES = {name: np.dtype(name).itemsize for name in get_args(DTypeName)}
 POISON = 0xCB  # a byte pattern that reads as a huge negative float32 and as neither True nor False
 
 
@@ -195,15 +197,24 @@ def rollout_from_arrays(
     storage: NDArray[np.uint8] | None = None,
 ) -> Rollout:
     """Build the struct from arrays under their wire names (see `rollout_arrays`)."""
-    observation = _under(views, "observation.")
-    final = _under(views, "final_observation.")
+    groups: dict[str, dict[str, NDArray[np.generic]]] = {
+        "observation": {},
+        "action": {},
+        "action_mask": {},
+        "final_observation": {},
+    }
+    for name, view in views.items():
+        group, dot, rest = name.partition(".")
+        if dot and group in groups:
+            groups[group][rest] = view
+    observation, final = groups["observation"], groups["final_observation"]
     if not final:
         final = {name: np.empty((0, *a.shape[2:]), a.dtype) for name, a in observation.items()}
     return Rollout(
         origin=origin,
         observation=observation,
-        action=_under(views, "action."),
-        action_mask=_under(views, "action_mask."),  # type: ignore[arg-type]
+        action=groups["action"],
+        action_mask=groups["action_mask"],  # type: ignore[arg-type]
         behavior_log_prob=views["behavior_log_prob"],  # type: ignore[arg-type]
         reward=views["reward"],  # type: ignore[arg-type]
         terminated=views["terminated"],  # type: ignore[arg-type]
@@ -225,16 +236,9 @@ def no_episodes(spec: EnvironmentSpec) -> EpisodeRows:
 
 def array_bytes(array: ArraySpec) -> int:
     """The size of an array, computed with Python integers so that it cannot overflow."""
-    count = np.dtype(array.dtype).itemsize
-    for size in array.shape:
-        count *= size
-    return count
+    return math.prod(array.shape, start=ITEM_BYTES[array.dtype])
 
 
 def aligned(count_bytes: int) -> int:
     """Round up to the alignment of the arrays in a block."""
     return -(-count_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-
-
-def _under(views: dict[str, NDArray[np.generic]], prefix: str) -> dict[str, NDArray[np.generic]]:
-    return {name.removeprefix(prefix): view for name, view in views.items() if name.startswith(prefix)}

@@ -20,6 +20,7 @@ __all__ = [
     "ActionBlock",
     "ActionSpec",
     "ArraySpec",
+    "DTypeName",
     "EnvironmentSpec",
     "MetricSpec",
     "action_blocks",

@@ -9,6 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from rustyrl.bench_wire import STEPS, bench_spec, bench_weights, fill_rollout, measure_wire, size_name
+from rustyrl.rollout import RolloutOrigin, Ticket
+from rustyrl.weights import encode_weights
+from rustyrl.wire import RolloutHeader, decode_header, decode_rollout, encode_rollout
+from rustyrl_learner.ingest import admit
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -63,3 +71,44 @@ def test_default_settings_train_with_nothing_but_a_budget(tmp_path):
     assert row["runs"][0]["steps"] >= 4000
     assert row["solved"] == 0  # nobody balances a pole after two updates
     assert "| CartPole-v1 | 475 |" in said
+
+
+def test_wire_compares_our_links_with_raw_ones(tmp_path):
+    tiny = ["--seconds", "0.05", "--windows", "2", "--actors", "5", "--weights-bytes", "50000"]
+    content, said = run(tmp_path, "wire.py", *tiny)
+    assert [row["size"] for row in content["rows"]] == ["64KB", "1MB", "8MB"]
+    for row in content["rows"]:
+        assert row["raw_mb_s"] > 0
+        assert row["ours_to_raw"] > 0
+        assert row["admitted_to_raw"] > 0
+        assert row["stages_us"]["encode"] > 0
+    assert 0 < content["weights"]["ms_p50"] <= content["weights"]["ms_p99"] <= content["weights"]["ms_max"]
+    assert "to 5 actors: p50" in said
+
+
+def test_the_wire_s_parts_have_their_names_and_units():
+    parts = measure_wire([64 << 10, 8 << 20], 0.05, 3, weights_bytes=20_000, actors=6)
+    assert [(part["name"], part["unit"]) for part in parts] == [
+        ("wire_mb_s_64KB", "MB/s"),
+        ("wire_mb_s_8MB", "MB/s"),
+        ("weights_ms_p50", "ms"),
+        ("weights_ms_p99", "ms"),
+    ]
+    assert all(part["value"] > 0 and part["spread"] >= 0 for part in parts)
+
+
+@pytest.mark.parametrize(("size", "name"), [(64 << 10, "64KB"), (1 << 20, "1MB"), (8 << 20, "8MB")])
+def test_the_rollouts_of_the_wire_s_benchmark_have_their_size_and_would_be_admitted(size, name):
+    spec = bench_spec(size)
+    rollout = fill_rollout(spec, 0)
+    rollout.origin = RolloutOrigin(spec.fingerprint, "main", Ticket(0, 0, (0,)), 0, 0, 1)
+    header, blob = encode_rollout(rollout)
+    assert abs(len(blob) / size - 1) < 0.02
+    assert size_name(size) == name
+    message = decode_header(header)
+    assert isinstance(message, RolloutHeader)
+    admit(decode_rollout(message, blob), spec, STEPS, 0)
+
+
+def test_the_weights_of_the_wire_s_benchmark_have_their_size():
+    assert abs(len(encode_weights(bench_weights(1 << 20))) / (1 << 20) - 1) < 0.02

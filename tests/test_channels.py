@@ -10,6 +10,7 @@ import pytest
 from clusters import poll
 
 from rustyrl.channels import (
+    COPIED_BYTES,
     MAX_CONTROL_TURN,
     ControlClient,
     ControlServer,
@@ -55,6 +56,17 @@ def test_a_large_blob_arrives_whole_and_its_tracker_says_when_memory_may_change(
         assert np.array_equal(np.frombuffer(received.blob, np.uint8), block)
         tracker.wait(5)
         assert tracker.done
+
+
+def test_a_small_blob_is_copied_on_its_way_out_so_that_its_memory_may_change_at_once(tmp_path):
+    receiver, sender, _ = connected(tmp_path)
+    with receiver, sender:
+        block = np.full(COPIED_BYTES - 1, 7, np.uint8)
+        sent = sender.send(Lease(), block.data)
+        assert sent.done
+        block[:] = 0
+        received = poll(lambda: list(receiver.receive(0.05)), "the blob")[0]
+        assert (np.frombuffer(received.blob, np.uint8) == 7).all()
 
 
 def test_waiting_has_a_limit_everywhere(tmp_path):

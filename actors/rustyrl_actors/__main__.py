@@ -19,7 +19,7 @@ import msgspec
 
 from rustyrl.black_box import BlackBox
 from rustyrl.errors import ContractError, RunFailedError, UsageError
-from rustyrl.parent import die_with_parent
+from rustyrl.parent import allow_tracing, die_with_parent
 from rustyrl.spec import spec_to_json
 from rustyrl.weights import PolicySpec, read_policy
 from rustyrl_actors.actor import run_actor
@@ -33,6 +33,8 @@ def main() -> int:
     """Run one verb; the exit code is 0, 1 for a failed run, 2 for bad use, 3 for a world that broke its contract."""
     arguments = _parse()
     die_with_parent(arguments.parent)
+    if arguments.traced:
+        allow_tracing(arguments.parent)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     try:
         with _results_only() as results:
@@ -116,6 +118,7 @@ def _explain_ends() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m rustyrl_actors")
     parser.add_argument("--parent", type=int, default=0, help="die with this process")
+    parser.add_argument("--traced", action="store_true", help="let that process and its children look into this one")
     verbs = parser.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser("run", help="be an actor")
     run.add_argument("--join", required=True)

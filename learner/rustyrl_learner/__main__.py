@@ -15,7 +15,7 @@ import msgspec
 from rustyrl.channels import ControlClient
 from rustyrl.config import build_config, read_config
 from rustyrl.errors import RunFailedError, UsageError
-from rustyrl.parent import die_with_parent
+from rustyrl.parent import allow_tracing, die_with_parent
 from rustyrl.spec import read_spec
 
 
@@ -23,6 +23,8 @@ def main() -> int:
     """Run one verb; the exit code is 0, 1 for a failed run, 2 for bad use."""
     arguments = _parse()
     die_with_parent(arguments.parent)
+    if arguments.traced:
+        allow_tracing(arguments.parent)
     if arguments.verb == "doctor":
         return _doctor()
     if arguments.verb == "bench":
@@ -56,6 +58,7 @@ def _run(arguments: argparse.Namespace, control: ControlClient) -> int:
         arguments.incarnation,
         arguments.expect,
         resume=arguments.resume,
+        profile=arguments.profile,
     )
     return run_learner(learner, control)
 
@@ -87,6 +90,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m rustyrl_learner")
     parser.add_argument("--parent", type=int, default=0, help="die with this process")
+    parser.add_argument("--traced", action="store_true", help="let that process and its children look into this one")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("doctor", help="say what torch sees, as JSON")
     bench = verbs.add_parser("bench", help="measure updates, as JSON")
@@ -101,6 +105,7 @@ def _parse() -> argparse.Namespace:
     run.add_argument("--incarnation", type=int, default=0)
     run.add_argument("--expect", type=int, default=1, help="actors that the first batch waits for")
     run.add_argument("--resume", action="store_true")
+    run.add_argument("--profile", type=Path, help="folder for a trace of some updates")
     return parser.parse_args()
 
 

@@ -33,6 +33,7 @@ from rustyrl_learner.ppo import Losses, ppo_update
 from rustyrl_learner.recent import RecentUpdates
 from rustyrl_learner.record import EpisodeWindow, MetricsLog
 from rustyrl_learner.schedule import scheduled
+from rustyrl_learner.trace import UpdateTrace
 from rustyrl_learner.training import Training
 
 __all__ = ["Learner", "StopRequestedError", "run_learner"]
@@ -65,6 +66,7 @@ class Learner:
         expect: int,
         *,
         resume: bool,
+        profile: Path | None = None,
     ) -> None:
         self._run_folder = run
         self._config = config
@@ -78,6 +80,7 @@ class Learner:
         self._saved_at = -float("inf")  # the first update of a learner is kept at once: its successor begins there
         self._unlogged = False  # the newest row of metrics could not be written
         self._unsaved = ""  # why the newest checkpoint could not be written
+        self._trace = None if profile is None else UpdateTrace(profile)
         self._stages = Stages()
         self._stages_s: dict[str, float] = {}
         self._window = EpisodeWindow(spec)
@@ -119,6 +122,8 @@ class Learner:
         self._control.send({"kind": "listening", "address": self._receiver.address, "pid": os.getpid()})
         try:
             while (reason := self._finished()) is None:
+                if self._trace is not None:
+                    self._trace.begin_update()
                 self._update_once()
         except StopRequestedError as stop:
             reason = str(stop)
@@ -142,6 +147,10 @@ class Learner:
             goodbye: whether the run is over for the actors, too.
         """
         snapshot = self._collector.close(goodbye=goodbye)
+        if self._trace is not None:
+            self._trace.close()
+            if self._trace.problem:
+                self._say(self._trace.problem)
         self._writer.close(SAVE_S)
         self._log.close()
         return self._figures(snapshot)
