@@ -55,7 +55,10 @@ def training_batch(
     rows = torch.cat([batch.observation.reshape(-1, width), batch.final_observation])
     if normalizer is not None:
         rows = normalizer.apply(rows)
-    said = network.value(rows)
+    if lagged:
+        said, outputs = network.evaluate(rows, steps * slots)
+    else:
+        said, outputs = network.value(rows), None
     if values is not None:
         said = values.to_reward_units(said)
     count = (steps + 1) * slots
@@ -70,7 +73,7 @@ def training_batch(
     action = batch.action.reshape(steps * slots, -1)
     mask = None if batch.action_mask is None else batch.action_mask.reshape(steps * slots, -1)
     behavior = batch.behavior_log_prob.reshape(-1)
-    proximal = network.log_prob(network.policy(observation), action, mask) if lagged else behavior
+    proximal = behavior if outputs is None else network.log_prob(outputs, action, mask)
     if corrected:
         importance = (proximal - behavior).exp().reshape(steps, slots)
         discounts, limits = (ppo.gamma, ppo.gae_lambda), (ppo.vtrace_rho, ppo.vtrace_c)

@@ -299,6 +299,19 @@ class ActorCritic(nn.Module):
             together = x.shape[0] >= SPLIT
             self._lanes.both(policy_lane, partial(value_lane, x, onward=False), together=together)
 
+    def evaluate(self, x: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Values `[N]` of all rows, and logits and means `[first, outputs]` of the first so many, in `Lanes`."""
+        found: dict[str, Tensor] = {}
+
+        def say_outputs(_: Scratch) -> None:
+            found["outputs"] = self.policy(x[:first])
+
+        def say_values(_: Scratch) -> None:
+            found["values"] = self.value(x)
+
+        self._lanes.both(say_outputs, say_values, together=first >= SPLIT)
+        return found["values"], found["outputs"]
+
     def policy(self, x: Tensor) -> Tensor:
         """Logits and means `[N, outputs]` alone."""
         layers = self.flat()[0]
