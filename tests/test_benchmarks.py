@@ -63,3 +63,19 @@ def test_default_settings_train_with_nothing_but_a_budget(tmp_path):
     assert row["runs"][0]["steps"] >= 4000
     assert row["solved"] == 0  # nobody balances a pole after two updates
     assert "| CartPole-v1 | 475 |" in said
+
+
+def test_peers_compares_throughput_and_lists_who_is_absent(tmp_path):
+    nobody = tmp_path / "python"  # an interpreter that can import nothing
+    nobody.write_text("#!/bin/sh\nexit 1\n")
+    nobody.chmod(0o755)
+    names = [f"--only={name}" for name in ("rustyrl", "stable_baselines3", "sample_factory")]
+    work = ["--rounds", "1", "--total-steps", "512", "--slots", "8", "--unroll-length", "16", "--warm-up", "2"]
+    content, said = run(tmp_path, "peers.py", *work, *names, "--python", f"sample_factory={nobody}")
+    ours, other = content["rows"]
+    assert (ours["name"], other["name"]) == ("rustyrl", "stable_baselines3")
+    assert other["ratio"] == round(ours["sps"] / other["sps"], 2)
+    assert set(content["absent"]) == {"sample_factory"}
+    assert "stable-baselines3" in other["versions"]
+    assert "| stable_baselines3 |" in said
+    assert "pip install" in said
