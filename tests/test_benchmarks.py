@@ -112,3 +112,19 @@ def test_the_rollouts_of_the_wire_s_benchmark_have_their_size_and_would_be_admit
 
 def test_the_weights_of_the_wire_s_benchmark_have_their_size():
     assert abs(len(encode_weights(bench_weights(1 << 20))) / (1 << 20) - 1) < 0.02
+
+
+def test_peers_compares_throughput_and_lists_who_is_absent(tmp_path):
+    nobody = tmp_path / "python"  # an interpreter that can import nothing
+    nobody.write_text("#!/bin/sh\nexit 1\n")
+    nobody.chmod(0o755)
+    names = [f"--only={name}" for name in ("rustyrl", "stable_baselines3", "sample_factory")]
+    work = ["--rounds", "1", "--total-steps", "512", "--slots", "8", "--unroll-length", "16", "--warm-up", "2"]
+    content, said = run(tmp_path, "peers.py", *work, *names, "--python", f"sample_factory={nobody}")
+    ours, other = content["rows"]
+    assert (ours["name"], other["name"]) == ("rustyrl", "stable_baselines3")
+    assert other["ratio"] == round(ours["sps"] / other["sps"], 2)
+    assert set(content["absent"]) == {"sample_factory"}
+    assert "stable-baselines3" in other["versions"]
+    assert "| stable_baselines3 |" in said
+    assert "pip install" in said
