@@ -64,6 +64,7 @@ def test_py_spy_ends_with_a_launcher_that_is_killed(start):
     poll(lambda: not watchers(cluster.run), "no py-spy left", 15.0)
 
 
+@pytest.mark.slow
 def test_a_run_of_a_few_updates_still_has_a_trace_of_those_that_there_were(start):
     cluster = start("train", COUNTING, "--actors", "1", "--total-steps", str(6 * 256), "--profile", "--json", *FEW)
     assert cluster.wait()[0] == 0
@@ -133,6 +134,7 @@ def test_a_py_spy_that_fails_is_tried_again_and_given_up_with_its_reason(tmp_pat
     assert said[0].endswith("Error: no Python here")
 
 
+@pytest.mark.slow
 def test_training_goes_on_where_ptrace_is_not_permitted(tmp_path, monkeypatch, capfd):
     fake = fake_py_spy(tmp_path, "echo 'Permission Denied: Try running again' >&2; exit 1")
     which = {"py-spy": fake}
