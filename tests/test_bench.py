@@ -85,6 +85,7 @@ def test_bad_use_is_refused_in_words(arguments, said):
     assert said in " ".join(err.split())
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_reported_with_its_cause():
     code, _, err = rustyrl("bench", "--env", f"{WORLDS}/counting.py:Counting", "--set", "env.nan_at=3", *QUICK)
     assert code == 1

@@ -174,7 +174,7 @@ def delaying_proxy(target: tuple[str, int]) -> Iterator[int]:
 @pytest.mark.parametrize("lag", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(4, marks=pytest.mark.slow)])
 def test_same_seed_gives_the_same_bits_whatever_the_delays(start, lag):
     """Actors that sleep at random in every step, and in the second run a network that delays every message."""
-    arguments = (COUNTING, "--total-steps", "900", "--seed", "11", "--max-policy-lag", str(lag), *SHAPE)
+    arguments = (COUNTING, "--total-steps", "600", "--seed", "11", "--max-policy-lag", str(lag), *SHAPE)
     arguments += ("--set", "run.eval_episodes=1", "--set", "env.sleep_ms=1")
     direct = start("train", *arguments, "--actors", "2")
     code, _, err = direct.wait()

@@ -28,7 +28,7 @@ def test_a_new_project_passes_its_tests_conforms_and_trains(tmp_path, style):
     assert "3 passed" in done.stdout
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", ["object", pytest.param("column", marks=pytest.mark.slow)])
 def test_a_new_project_trains_with_its_configuration(tmp_path, style):
     folder, world = new_project(f"{style}_chase", style, tmp_path)
     code, _, err = rustyrl(

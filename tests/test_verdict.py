@@ -103,7 +103,7 @@ def test_the_prediction_comes_true_on_worlds_that_take_a_planted_time(start, now
     found = []
     for actors in (now, then):
         cluster = start(
-            "train", f"{WORLDS}/counting.py:Counting", "--actors", str(actors), "--total-steps", "832", "--json",
+            "train", f"{WORLDS}/counting.py:Counting", "--actors", str(actors), "--total-steps", "640", "--json",
             "--set", "env.delay_ms=15", "--set", "batch.worlds=4", "--set", "env.slots=2",
             "--set", "batch.unroll_length=8", "--set", "run.eval_episodes=1",
         )  # fmt: skip
