@@ -23,7 +23,7 @@ ENVS = {  # what counts as solved, and within how many env steps
     "CartPole-v1": (475, 200_000),
     "Acrobot-v1": (-100, 200_000),
     "Pendulum-v1": (-250, 300_000),
-    "LunarLander-v3": (200, 600_000),
+    "LunarLander-v3": (200, 1_000_000),
     "MountainCar-v0": (-130, 500_000),
     "FrozenLake-v1": (0.7, 500_000),
     "CliffWalking-v1": (-20, 300_000),
