@@ -20,8 +20,8 @@ import msgspec
 from rustyrl.config import Config, Layer, build_config, config_to_toml
 from rustyrl.crew import default_actors
 from rustyrl.describe import env_arguments
-from rustyrl.errors import RunFailedError, UsageError
-from rustyrl.processes import actor_environment, learner_environment
+from rustyrl.errors import RunFailedError
+from rustyrl.processes import actor_environment, ask_child, learner_environment
 from rustyrl.spec import EnvironmentSpec, spec_to_json
 from rustyrl.units import count
 from rustyrl.weights import policy_spec
@@ -128,9 +128,8 @@ def _train_for(config: Path, run: Path, seconds: float) -> None:
                 process.wait(TIMEOUT_S)
     if process.returncode:
         cause = said.decode(errors="replace") or log.read_text(errors="replace")
-        raise RunFailedError(
-            f"the run failed: {cause.partition('; the last good checkpoint')[0]}"
-        )  # its folder is gone
+        cause, _, _ = cause.partition("; the last good checkpoint")  # it is gone with its folder
+        raise RunFailedError(f"the run failed: {cause}")
 
 
 def bench_scaling(
@@ -213,12 +212,5 @@ def _as_layer(config: Config) -> Layer:
 
 
 def _measure(module: str, arguments: list[str], environment: dict[str, str]) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", module, "--parent", str(os.getpid()), *arguments]
-    done = subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, env=environment, check=False)
-    message = done.stderr.decode(errors="replace").strip()
-    if done.returncode == UsageError.exit_code:
-        raise UsageError(message.removeprefix("error: "))
-    if done.returncode:
-        raise RunFailedError(f"the measurement failed:\n{message}")
-    parts: list[dict[str, Any]] = msgspec.json.decode(done.stdout)
-    return parts
+    content = ask_child("the measurement", module, arguments, environment, TIMEOUT_S)
+    return msgspec.json.decode(content, type=list[dict[str, Any]])

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +10,8 @@ import msgspec
 
 from rustyrl.config import Config, Layer, build_config
 from rustyrl.defaults import recommend
-from rustyrl.errors import RunFailedError, UsageError
-from rustyrl.processes import actor_environment
+from rustyrl.errors import UsageError
+from rustyrl.processes import actor_environment, ask_child
 from rustyrl.spec import EnvironmentSpec, read_spec
 
 __all__ = ["check", "configure", "describe", "evaluate", "evaluate_arguments", "list_environments"]
@@ -87,14 +84,4 @@ def check(env: str, env_config: Mapping[str, Any], seed: int) -> dict[str, Any]:
 
 
 def _actors(*arguments: str, limit_s: float | None = TIMEOUT_S) -> bytes:
-    command = [sys.executable, "-m", "rustyrl_actors", "--parent", str(os.getpid()), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=limit_s, env=actor_environment(), check=False)
-    except subprocess.TimeoutExpired:
-        raise RunFailedError(f"the environment's own code took more than {limit_s:.0f} s to {arguments[0]}") from None
-    message = done.stderr.decode(errors="replace").strip()
-    if done.returncode == UsageError.exit_code:
-        raise UsageError(message.removeprefix("error: "))
-    if done.returncode:
-        raise RunFailedError(f"the environment's own code failed:\n{message}")
-    return done.stdout
+    return ask_child("the environment's own code", "rustyrl_actors", arguments, actor_environment(), limit_s)

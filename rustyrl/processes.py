@@ -9,13 +9,23 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 from rustyrl.black_box import BlackBox
+from rustyrl.errors import RunFailedError, UsageError
 
-__all__ = ["Child", "actor_environment", "available_cores", "await_end", "learner_environment", "start_child"]
+__all__ = [
+    "Child",
+    "actor_environment",
+    "ask_child",
+    "available_cores",
+    "await_end",
+    "learner_environment",
+    "start_child",
+]
 
 TAIL_BYTES = 16384
 TRACEBACK = "Traceback (most recent call last)"
@@ -139,6 +149,35 @@ def start_child(
         with contextlib.suppress(OSError):  # a kernel without pidfd: its end is seen at the next turn instead
             descriptor = os.pidfd_open(process.pid)
     return Child(name, process, log, descriptor, black_box=black_box, incarnation=incarnation, log_start=log_start)
+
+
+def ask_child(
+    what: str, module: str, arguments: Sequence[str], environment: dict[str, str], limit_s: float | None
+) -> bytes:
+    """What ``python -m module`` with these arguments prints; it dies with us.
+
+    Args:
+        what: runs there, as messages call it.
+        module: the module.
+        arguments: the verb, then its arguments.
+        environment: its environment variables.
+        limit_s: how long it may take; None is for ever.
+
+    Raises:
+        UsageError: it says that it was used badly.
+        RunFailedError: it failed otherwise, or took too long.
+    """
+    command = [sys.executable, "-m", module, "--parent", str(os.getpid()), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=limit_s, env=environment, check=False)
+    except subprocess.TimeoutExpired:
+        raise RunFailedError(f"{what} took more than {limit_s:.0f} s to {arguments[0]}") from None
+    message = done.stderr.decode(errors="replace").strip()
+    if done.returncode == UsageError.exit_code:
+        raise UsageError(message.removeprefix("error: "))
+    if done.returncode:
+        raise RunFailedError(f"{what} failed:\n{message}")
+    return done.stdout
 
 
 def _open_log(path: Path) -> IO[bytes]:

@@ -23,7 +23,6 @@ from rustyrl.parent import allow_tracing, die_with_parent
 from rustyrl.spec import spec_to_json
 from rustyrl.weights import PolicySpec, read_policy
 from rustyrl_actors.actor import run_actor
-from rustyrl_actors.bench import measure_actor
 from rustyrl_actors.catalog import BUILT_IN, find_environment
 from rustyrl_actors.evaluate import evaluate
 from rustyrl_actors.testing import check_environment
@@ -98,6 +97,8 @@ def _run(arguments: argparse.Namespace, results: BinaryIO) -> None:
             findings, speed = check_environment(arguments.env, _env_config(arguments), seed=arguments.seed)
             results.write(msgspec.json.encode({"findings": findings, "speed": speed}))
         case "bench":
+            from rustyrl_actors.bench import measure_actor  # of no use to an actor that starts
+
             config, spec = _env_config(arguments), msgspec.json.decode(arguments.policy_spec, type=PolicySpec)
             shape, windows = (arguments.worlds, arguments.unroll_length), (arguments.seconds, arguments.windows)
             results.write(msgspec.json.encode(measure_actor(arguments.env, config, spec, *shape, *windows)))
