@@ -278,7 +278,7 @@ def test_tensorboard_is_opened_again_a_while_after_its_disk_was_full(
         def full(*arguments: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(log._board, "add_scalar", full)
+        monkeypatch.setattr(log._board, "add", full)
         with pytest.raises(OSError, match="No space left"):
             log.write(row(2))
         log.write(row(3))  # it is left alone, and the rows go on

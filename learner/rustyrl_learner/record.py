@@ -18,6 +18,7 @@ from rustyrl.figures import episode_figures
 from rustyrl.rollout import EpisodeRows
 from rustyrl.run_folder import write_atomic
 from rustyrl.spec import EnvironmentSpec
+from rustyrl_learner.board import Board
 
 __all__ = ["EpisodeWindow", "MetricsLog"]
 
@@ -56,13 +57,11 @@ class MetricsLog:
     """
 
     def __init__(self, run: Path, after_version: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # costs a second to import, so only where it is used
-
         self._path = run / "metrics.jsonl"
         steps = self._cut_after(after_version)
         self._file = self._path.open("ab", buffering=0)
-        self._open_board: Callable[[int], Any] = lambda step: SummaryWriter(str(run), purge_step=step or None)
-        self._board: Any = self._open_board(steps + 1 if steps else 0)
+        self._open_board: Callable[[int], Board] = lambda purged: Board(run, purged)
+        self._board: Board | None = self._open_board(steps + 1 if steps else 0)
         self._reopen_at = 0.0
         self.lost = 0  # rows that could not be written
 
@@ -104,16 +103,19 @@ class MetricsLog:
         step = row["steps"]
         try:
             self._board = self._board or self._open_board(0)
+            numbers: dict[str, float] = {}
             for name, value in row.items():
                 values = {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
                 for key, number in values.items():
                     if isinstance(number, int | float) and math.isfinite(number):
-                        self._board.add_scalar(key, number, step)
+                        numbers[key] = number
+            self._board.add(step, numbers)
         except OSError:
             board, self._board = self._board, None
             self._reopen_at = time.monotonic() + REOPEN_S
             with contextlib.suppress(Exception):
-                board.close()
+                if board is not None:
+                    board.close()
             raise
 
     def _cut_after(self, version: int) -> int:
