@@ -170,8 +170,8 @@ class ActionDistribution:
                     output = output.masked_fill(~_present(mask)[:, block.mask].T, MASKED_LOGIT)
                 log_odds = torch.log_softmax(output.reshape(block.groups, block.choices, -1), 1)
                 odds, chosen = log_odds.exp(), part.long()[:, None]
-                of_each = -(odds * log_odds).sum(1, keepdim=True)
-                log_prob, entropy = log_odds.gather(1, chosen).sum((0, 1)), of_each.sum((0, 1))
+                of_each = (odds * log_odds).sum(1, keepdim=True).neg_()
+                log_prob, entropy = _total(log_odds.gather(1, chosen)), _total(of_each)
                 traces.append(ChoiceTrace(odds, log_odds, chosen, of_each))
             log_probs.append(log_prob)
             entropies.append(entropy)
@@ -232,8 +232,13 @@ def _choice_gradient(trace: ChoiceTrace, dlog_prob: Tensor, dentropy: float) -> 
     by_each = dlog_prob
     if dentropy:
         by_each = dlog_prob + dentropy * (trace.log_probability + trace.entropy)
-    dlogits = -trace.probability * by_each
+    dlogits = trace.probability * -by_each
     return dlogits.scatter_add_(1, trace.chosen, dlog_prob.expand_as(trace.chosen)).flatten(0, 1)
+
+
+def _total(of_each: Tensor) -> Tensor:
+    """`[N]`: the sum over the k choices of `[k, 1, N]`."""
+    return of_each.view(-1) if len(of_each) == 1 else of_each.sum((0, 1))
 
 
 def _logits(outputs: Tensor, block: ActionBlock, mask: Tensor | None) -> Tensor:
