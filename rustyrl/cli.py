@@ -18,7 +18,7 @@ from rustyrl.cluster_verbs import Json, RunOption, print_json
 from rustyrl.config import Layer, build_config, parse_assignments, read_config
 from rustyrl.doctor import examine
 from rustyrl.errors import RunFailedError, UsageError
-from rustyrl.launch import launch, resume_config
+from rustyrl.launch import launch, resume_config, spare_learner
 from rustyrl.new import new_project
 from rustyrl.processes import actor_environment
 from rustyrl.progress import make_progress
@@ -284,9 +284,10 @@ def _train(
     if config is not None:
         layers.append(read_config(config))
     layers += [parse_assignments(assignments or []), flags]
-    resolved, spec = describe.configure(*layers)
-    progress = make_progress(to_stderr=json)
-    summary = launch(resolved, spec, run, resume=resume, progress=progress, profile=profile)
+    with spare_learner() as spare:
+        resolved, spec = describe.configure(*layers)
+        progress = make_progress(to_stderr=json)
+        summary = launch(resolved, spec, run, resume=resume, progress=progress, profile=profile, spare=spare)
     if json:
         print_json(summary)
     else:

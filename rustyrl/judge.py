@@ -5,6 +5,7 @@ Each evaluation is a process of the actor package, which alone steps worlds: wha
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from rustyrl.condition import Condition, meets
 from rustyrl.config import Config
 from rustyrl.describe import evaluate_arguments
 from rustyrl.errors import RunFailedError
-from rustyrl.processes import Child, start_child
+from rustyrl.processes import Child, actor_environment, start_child
 from rustyrl.run_folder import Best
+from rustyrl.spare import Spare
 
 __all__ = ["Candidate", "Judge"]
 
@@ -47,6 +49,8 @@ class Judge:
         self._log = log
         self._waiting: deque[Candidate] = deque()
         self._running: tuple[Candidate, Child, float] | None = None
+        self._last: Child | None = None  # evaluates what is kept
+        self._spare: Spare | None = None
 
     @property
     def pending(self) -> list[int]:
@@ -57,6 +61,12 @@ class Judge:
     def add(self, candidate: Candidate) -> None:
         """Queue a version; versions come in update order."""
         self._waiting.append(candidate)
+
+    def prepare(self) -> None:
+        """Have a process ready for an evaluation; where there is no goal, only what is kept is ever evaluated."""
+        if self.goal and self._spare is None and self._last is None:
+            with contextlib.suppress(OSError):  # an evaluation will start its own, or say why not
+                self._spare = Spare("rustyrl_actors", actor_environment(), capture=True)
 
     def turn(self) -> Candidate | None:
         """Start what can be started; the candidate whose evaluation has just ended, if one has.
@@ -79,13 +89,20 @@ class Judge:
             self._running = (candidate, child, time.monotonic() + LIMIT_S)
         return ended
 
+    def begin_final(self, policy: Path) -> None:
+        """Begin to evaluate the policy that is kept, on seeds that nothing was chosen by."""
+        self._last = self._start(policy, FINAL_SEED)
+
     def final(self, policy: Path, meanwhile: Callable[[], bool]) -> dict[str, Any] | None:
         """Evaluate the policy that is kept, calling ``meanwhile`` while it runs; None once that gives True.
 
         Raises:
             RunFailedError: the evaluation failed or took too long.
         """
-        child = self._start(policy, FINAL_SEED)
+        if self._last is None:
+            self.begin_final(policy)
+        child = self._last
+        assert child is not None  # noqa: S101 - begun above
         deadline = time.monotonic() + LIMIT_S
         # A pipe holds 64 KiB, an evaluation's figures are some hundred bytes: it can end before it is read.
         while child.running:
@@ -98,9 +115,13 @@ class Judge:
         return _read(child)
 
     def close(self) -> None:
-        """Kill an evaluation that still runs."""
+        """Kill an evaluation that still runs, and what was to be one."""
         if self._running is not None:
             self._running[1].close()
+        if self._last is not None:
+            self._last.close()
+        if self._spare is not None:
+            self._spare.close()
 
     def _weigh(self, candidate: Candidate, figures: dict[str, Any]) -> None:
         self.evaluation = figures
@@ -115,7 +136,9 @@ class Judge:
         run = self._config.run
         seed = (run.seed << 32) + version
         arguments = evaluate_arguments(run.env, self._config.env, policy, run.eval_episodes, seed)
-        return start_child("evaluation", ["rustyrl_actors", *arguments], self._log, actor=True, capture=True)
+        spare, self._spare = self._spare, None
+        asked = ["rustyrl_actors", *arguments]
+        return start_child("evaluation", asked, self._log, actor=True, capture=True, spare=spare)
 
 
 def _read(child: Child) -> dict[str, Any]:

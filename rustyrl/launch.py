@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +19,17 @@ from rustyrl.errors import RunFailedError, UsageError
 from rustyrl.figures import known_figures
 from rustyrl.interrupts import Interrupts
 from rustyrl.launcher import Launcher
+from rustyrl.processes import learner_environment
 from rustyrl.profiler import find_py_spy
 from rustyrl.progress import Progress, make_progress
 from rustyrl.rollout import array_bytes, rollout_arrays
 from rustyrl.run_folder import RunFolder, new_run_path
+from rustyrl.spare import Spare
 from rustyrl.spec import EnvironmentSpec, read_spec
 from rustyrl.weights import check_squashable
 from rustyrl.wire import MAX_BLOB_BYTES
 
-__all__ = ["launch", "resume_config", "train"]
+__all__ = ["launch", "resume_config", "spare_learner", "train"]
 
 
 def train(
@@ -42,8 +47,9 @@ def train(
         UsageError: something asked for cannot be had.
         RunFailedError: the run started and ended badly, with the cause.
     """
-    spec = describe(config.run.env, config.env)
-    return launch(config, spec, run, resume=resume, progress=make_progress(to_stderr=True), profile=profile)
+    with spare_learner() as spare:
+        spec, progress = describe(config.run.env, config.env), make_progress(to_stderr=True)
+        return launch(config, spec, run, resume=resume, progress=progress, profile=profile, spare=spare)
 
 
 def launch(
@@ -54,8 +60,19 @@ def launch(
     resume: bool,
     progress: Progress,
     profile: bool = False,
+    spare: Spare | None = None,
 ) -> dict[str, Any]:
-    """Check what can be checked before anything is started, then run; see `train`."""
+    """Check what can be checked before anything is started, then run; see `train`.
+
+    Args:
+        config: as of `train`.
+        spec: of its world.
+        run: as of `train`.
+        resume: as of `train`.
+        progress: shows how it goes.
+        profile: as of `train`.
+        spare: of `spare_learner`.
+    """
     _check(config, spec, None if run is None else Path(run), resume)
     if profile:
         find_py_spy()
@@ -66,12 +83,31 @@ def launch(
         try:
             _write_inputs(folder, config, spec)
             with progress:
-                return Launcher(config, spec, folder, progress, interrupts, resume=resume, profile=profile).run()
+                launcher = Launcher(
+                    config, spec, folder, progress, interrupts, resume=resume, profile=profile, spare=spare
+                )
+                return launcher.run()
         except UsageError:  # nothing was trained: leave no folder that the next try would stumble over
             folder.discard()
             raise
         except RunFailedError as error:
             raise RunFailedError(f"{error}\nlogs are in {folder.path / 'logs'}") from None
+
+
+@contextmanager
+def spare_learner() -> Iterator[Spare | None]:
+    """A process that imports torch while the world is being described; None if it cannot be had.
+
+    The two together are the most of what a run takes before it trains.
+    """
+    spare = None
+    with contextlib.suppress(OSError):
+        spare = Spare("rustyrl_learner", learner_environment())
+    try:
+        yield spare
+    finally:
+        if spare is not None:
+            spare.close()
 
 
 def _write_inputs(folder: RunFolder, config: Config, spec: EnvironmentSpec) -> None:

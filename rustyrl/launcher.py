@@ -25,6 +25,7 @@ from rustyrl.processes import Child, await_end, start_child
 from rustyrl.profiler import Profiler
 from rustyrl.progress import Progress
 from rustyrl.run_folder import ClusterFile, RunFolder, read_best
+from rustyrl.spare import Spare
 from rustyrl.spec import EnvironmentSpec
 from rustyrl.status import StatusBoard
 from rustyrl.summary import summarize
@@ -53,8 +54,10 @@ class Launcher:
         *,
         resume: bool,
         profile: bool = False,
+        spare: Spare | None = None,
     ) -> None:
         self._config = config
+        self._spare = spare
         self._spec = spec
         self._folder = folder
         self._progress = progress
@@ -168,6 +171,7 @@ class Launcher:
             self._folder.path / "logs" / "learner.log",
             actor=False,
             traced=self._profiler is not None,
+            spare=self._spare if first else None,
         )
 
     def _newest_checkpoint(self) -> str:
@@ -390,6 +394,8 @@ class Launcher:
         """Let the judge go on; the first version to meet the goal is kept and ends the run."""
         if self._stop_reason is not None:
             return
+        if self._learner.report.get("version", 0):  # before that its start would be in the way of the others'
+            self._judge.prepare()
         try:
             ended = self._judge.turn()
             if ended is not None:
@@ -407,7 +413,8 @@ class Launcher:
             order["best"] = self._judge.best.version
         self._order(order)
         if self._judge.confirmed is ended:
-            self._folder.install_policy(ended.policy)
+            kept = self._folder.install_policy(ended.policy)
+            self._judge.begin_final(kept)
             self._request_stop("goal")
 
     # Ending

@@ -16,6 +16,7 @@ from typing import IO
 
 from rustyrl.black_box import BlackBox
 from rustyrl.errors import RunFailedError, UsageError
+from rustyrl.spare import Spare
 
 __all__ = [
     "Child",
@@ -105,6 +106,7 @@ def start_child(
     incarnation: int = 0,
     niceness: int = 0,
     traced: bool = False,
+    spare: Spare | None = None,
 ) -> Child:
     """Start ``python -m`` with these arguments in a session of its own, so that Ctrl-C reaches the launcher alone.
 
@@ -121,19 +123,21 @@ def start_child(
         incarnation: what tells it from others of its name.
         niceness: how much it steps back behind others for the cores, 0 to 19 (Unix).
         traced: a profiler that we start will look into it.
+        spare: becomes it, if it can; it is of the same module and environment, and there is no ``black_box``.
 
     Raises:
         OSError: there is no room for another process or file.
     """
     environment = actor_environment() if actor else learner_environment()
     module, *rest = arguments
-    command = [sys.executable, "-m", module, "--parent", str(os.getpid()), *(["--traced"] if traced else []), *rest]
+    told = ["--parent", str(os.getpid()), *(["--traced"] if traced else []), *rest]
     if black_box is not None:
-        command += ["--black-box", str(black_box.descriptor)]
+        told += ["--black-box", str(black_box.descriptor)]
     with _open_log(log) as output:
         log_start = output.tell()
-        process = subprocess.Popen(
-            command,
+        adopted = None if spare is None else spare.adopt(told, log)
+        process = adopted or subprocess.Popen(
+            [sys.executable, "-m", module, *told],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if capture else output,
             stderr=output,

@@ -12,7 +12,7 @@ from pathlib import Path
 from rustyrl.config import build_config, read_config
 from rustyrl.describe import describe
 from rustyrl.errors import RunFailedError, UsageError
-from rustyrl.launch import launch
+from rustyrl.launch import launch, spare_learner
 from rustyrl.parent import die_with_parent
 from rustyrl.progress import make_progress
 
@@ -32,8 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     die_with_parent(options.parent)
     try:
         config = build_config(read_config(options.config))
-        spec = describe(config.run.env, config.env)
-        launch(config, spec, options.run, resume=False, progress=make_progress(to_stderr=True))
+        with spare_learner() as spare:
+            spec, progress = describe(config.run.env, config.env), make_progress(to_stderr=True)
+            launch(config, spec, options.run, resume=False, progress=progress, spare=spare)
     except (UsageError, RunFailedError) as error:
         sys.stdout.write(str(error))
         return error.exit_code

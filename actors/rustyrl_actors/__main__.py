@@ -20,6 +20,7 @@ import msgspec
 from rustyrl.black_box import BlackBox
 from rustyrl.errors import ContractError, RunFailedError, UsageError
 from rustyrl.parent import allow_tracing, die_with_parent
+from rustyrl.spare import AWAIT, await_orders
 from rustyrl.spec import spec_to_json
 from rustyrl.weights import PolicySpec, read_policy
 from rustyrl_actors.actor import run_actor
@@ -28,10 +29,12 @@ from rustyrl_actors.evaluate import evaluate
 from rustyrl_actors.testing import check_environment
 
 
-def main() -> int:
+def main(told: list[str] | None = None) -> int:
     """Run one verb; the exit code is 0, 1 for a failed run, 2 for bad use, 3 for a world that broke its contract."""
-    arguments = _parse()
+    arguments = _parse(told)
     die_with_parent(arguments.parent)
+    if arguments.verb == AWAIT:
+        return main(await_orders())
     if arguments.traced:
         allow_tracing(arguments.parent)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
@@ -116,7 +119,7 @@ def _explain_ends() -> None:
         faulthandler.register(signal.SIGUSR1)
 
 
-def _parse() -> argparse.Namespace:
+def _parse(told: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m rustyrl_actors")
     parser.add_argument("--parent", type=int, default=0, help="die with this process")
     parser.add_argument("--traced", action="store_true", help="let that process and its children look into this one")
@@ -126,6 +129,7 @@ def _parse() -> argparse.Namespace:
     run.add_argument("--index", type=int, default=-1)
     run.add_argument("--incarnation", type=int, default=0, help="0 draws one")
     run.add_argument("--black-box", type=int, default=-1, help="an inherited file descriptor")
+    verbs.add_parser(AWAIT, help="wait on standard input for what to do")
     verbs.add_parser("envs", help="list the built-in environments as JSON")
     for name in ("describe", "evaluate", "check", "bench"):
         verb = verbs.add_parser(name)
@@ -142,7 +146,7 @@ def _parse() -> argparse.Namespace:
             verb.add_argument("--windows", type=int, required=True)
         if name in ("evaluate", "check"):
             verb.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser.parse_args(told)
 
 
 def _env_config(arguments: argparse.Namespace) -> dict[str, bool | int | float | str]:

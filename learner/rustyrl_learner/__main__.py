@@ -16,13 +16,18 @@ from rustyrl.channels import ControlClient
 from rustyrl.config import build_config, read_config
 from rustyrl.errors import RunFailedError, UsageError
 from rustyrl.parent import allow_tracing, die_with_parent
+from rustyrl.spare import AWAIT, await_orders
 from rustyrl.spec import read_spec
 
 
-def main() -> int:
+def main(told: list[str] | None = None) -> int:
     """Run one verb; the exit code is 0, 1 for a failed run, 2 for bad use."""
-    arguments = _parse()
+    arguments = _parse(told)
     die_with_parent(arguments.parent)
+    if arguments.verb == AWAIT:
+        import rustyrl_learner.learner  # noqa: F401 - what takes its time
+
+        return main(await_orders())
     if arguments.traced:
         allow_tracing(arguments.parent)
     if arguments.verb == "doctor":
@@ -87,11 +92,12 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _parse() -> argparse.Namespace:
+def _parse(told: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m rustyrl_learner")
     parser.add_argument("--parent", type=int, default=0, help="die with this process")
     parser.add_argument("--traced", action="store_true", help="let that process and its children look into this one")
     verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser(AWAIT, help="import torch, then wait on standard input for what to do")
     verbs.add_parser("doctor", help="say what torch sees, as JSON")
     bench = verbs.add_parser("bench", help="measure updates, as JSON")
     bench.add_argument("--config", type=Path, required=True)
@@ -106,7 +112,7 @@ def _parse() -> argparse.Namespace:
     run.add_argument("--expect", type=int, default=1, help="actors that the first batch waits for")
     run.add_argument("--resume", action="store_true")
     run.add_argument("--profile", type=Path, help="folder for a trace of some updates")
-    return parser.parse_args()
+    return parser.parse_args(told)
 
 
 if __name__ == "__main__":
