@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+from setproctitle import setproctitle
 
 __all__ = ["AWAIT", "Spare", "await_orders"]
 
@@ -83,6 +84,7 @@ def await_orders() -> list[str]:
     if not content:
         sys.exit(0)
     orders = msgspec.json.decode(content, type=_Orders)
+    setproctitle(" ".join([*sys.orig_argv[:3], *orders.arguments]))  # for those who look with ps
     try:
         descriptor = os.open(orders.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     except OSError:  # the disk is full, say

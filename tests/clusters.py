@@ -35,6 +35,11 @@ def poll(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S
     return result
 
 
+def words(process: psutil.Process) -> list[str]:
+    """Its command line; one that was started ahead of time has all of it in one piece."""
+    return " ".join(process.cmdline()).split()
+
+
 class Cluster:
     """A ``rustyrl`` process that the test started, and the run folder that it writes."""
 

@@ -22,6 +22,7 @@ from clusters import (
     poll,
     stopped,
     verb,
+    words,
 )
 
 from rustyrl.channels import ControlClient
@@ -187,8 +188,8 @@ def test_a_candidate_is_judged_to_its_end_though_its_learner_dies(start):
         "train", COUNTING, "--actors", "2", "--json", *SMALL, "--stop-at", "return_mean>=-1000000",
         "--set", "run.eval_every=1", "--set", "run.eval_episodes=2000",
     )  # fmt: skip
-    judged = poll(lambda: [p for p in cluster.children("rustyrl_actors") if "evaluate" in p.cmdline()], "an evaluation")
-    candidate = next(a for a in judged[0].cmdline() if a.endswith("policy.safetensors"))
+    judged = poll(lambda: [p for p in cluster.children("rustyrl_actors") if "evaluate" in words(p)], "an evaluation")
+    candidate = next(a for a in words(judged[0]) if a.endswith("policy.safetensors"))
     with stopped(judged[0]):
         content = Path(candidate).read_bytes()
         kill_learner(cluster)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from clusters import ENDLESS, await_learner, await_more, await_status, contributing, end, poll, rustyrl, verb
+from clusters import ENDLESS, await_learner, await_more, await_status, contributing, end, poll, rustyrl, verb, words
 
 from rustyrl.errors import RunFailedError
 
@@ -134,7 +134,7 @@ def test_a_goal_that_is_met_on_a_full_disk_ends_the_run_with_the_cause(start, di
     arguments = [a for a in TWO if a not in ("--total-steps", "1000000000")]
     cluster = start(*arguments, "--stop-at", "return_mean>=-1000000", "--set", "run.eval_every=1",
                     "--set", "run.eval_episodes=2000", run=disk.path / "run")  # fmt: skip
-    poll(lambda: [p for p in cluster.children("rustyrl_actors") if "evaluate" in p.cmdline()], "an evaluation")
+    poll(lambda: [p for p in cluster.children("rustyrl_actors") if "evaluate" in words(p)], "an evaluation")
     disk.fill()
     code, _, err = cluster.wait()
     assert code == 1
