@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import msgspec
@@ -186,7 +187,7 @@ class MetricSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"metric {self.name!r}: aggregate is {self.aggregate!r}, expected {' or '.join(known)}")
 
 
-class EnvironmentSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class EnvironmentSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     """Everything that the learner, the launcher and a policy file need to know of an environment.
 
     ``slots`` is the number of agents of one world; ``goal`` and ``evaluate_from`` are conditions as
@@ -226,7 +227,7 @@ class EnvironmentSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The numbers of one slot's action masks, joined in order; 0 if no part is masked."""
         return sum(sum(part.counts) for part in self.action if part.masked)
 
-    @property
+    @cached_property  # every rollout is held against it
     def fingerprint(self) -> str:
         """16 hex digits that agree exactly when two processes mean the same environment."""
         content = {

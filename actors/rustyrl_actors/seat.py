@@ -41,9 +41,14 @@ class Form:
         self._one_observation = not has_parts(info.observation_space)
         self._one_action = not has_parts(info.action_space)
         self._is_number = {part.name: part.is_number for part in spec.action}
+        lone = spec.action[0]
+        self._lone_choice = lone.name if self._one_action and lone.is_number else None
 
     def hand_out(self, action: Arrays, seat: Seat, slot: int) -> None:
         """Give an agent its action: an int for a lone choice, a copy, which the game may keep, of anything else."""
+        if self._lone_choice is not None:
+            seat.agent.action = int(action[self._lone_choice][slot])
+            return
         own: dict[str, Any] = {}
         for name, array in action.items():
             own[name] = int(array[slot]) if self._is_number[name] else array[slot].copy()
