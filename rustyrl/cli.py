@@ -350,6 +350,11 @@ def _print_summary(summary: dict[str, Any]) -> None:
     table.add_row("seconds", f"{summary['seconds']:.1f}")
     table.add_row("trained SPS", f"{summary['trained_sps']:,.0f}")
     table.add_row("policy version", str(summary["policy_version"]))
+    if threads := summary["threads"]:
+        row = f"{summary['device']}, {threads['lanes']} x {threads['of']} threads"
+        if timing := summary["timing"]:
+            row += f"; actors: {timing['actors']}; cores: {timing['cores']}"
+        table.add_row("learner", row)
     if summary["bottleneck"]:
         table.add_row("bottleneck", escape(summary["bottleneck"]))
     for name, value in (summary["eval"] or {}).items():

@@ -28,6 +28,8 @@ def summarize(
 ) -> dict[str, Any]:
     """The summary of a run that has ended.
 
+    ``threads`` says how many ``lanes`` an update is computed in, and how many threads of torch (``of``) each has.
+
     Args:
         env: what was trained.
         run: its folder.
@@ -48,6 +50,8 @@ def summarize(
         "trained_sps": round(report.get("trained_sps", 0.0), 1),
         "policy_version": policy_version,
         "stopped_by": stopped_by,
+        "device": report.get("device", ""),
+        "threads": report.get("threads", {}),
         "bottleneck": bottleneck(report, config),
         "timing": timing_figures(report, config),
         "eval": evaluation,

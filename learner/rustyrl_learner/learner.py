@@ -13,6 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 from rustyrl.channels import ControlClient, RolloutReceiver
 from rustyrl.condition import meets
 from rustyrl.config import Config
@@ -403,6 +405,7 @@ class Learner:
             "seconds": time.monotonic() - self._started,
             "trained_sps": self._trained_sps(),
             "device": str(self._device),
+            "threads": {"lanes": self._training.lanes, "of": torch.get_num_threads()},
             "training": self._window.figures(),
             "losses": self._losses,
             "findings": [asdict(finding) for finding in self._diagnosis.findings],

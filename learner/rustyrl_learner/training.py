@@ -31,10 +31,10 @@ class Training:
         self.shuffle = torch.Generator().manual_seed(config.run.seed)
         policy = policy_spec(config.policy, spec)
         shared = config.policy.trunk == "shared"
-        deviation, threads = config.policy.initial_log_std, 1
+        deviation, self.lanes = config.policy.initial_log_std, 1
         if device.type == "cpu":
-            threads = share_threads(config.run.threads, shared=shared)
-        network = ActorCritic(policy, shared=shared, initial_log_std=deviation, threads=threads)
+            self.lanes = share_threads(config.run.threads, shared=shared)
+        network = ActorCritic(policy, shared=shared, initial_log_std=deviation, threads=self.lanes)
         self.network = network.to(device)
         self.normalizer: ObservationNormalizer | None = None
         if config.policy.normalize:
