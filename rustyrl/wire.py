@@ -40,6 +40,7 @@ __all__ = [
     "Ready",
     "Refusal",
     "Rejoin",
+    "Snapshot",
     "TicketMessage",
     "WeightsHeader",
     "Welcome",
@@ -53,7 +54,7 @@ __all__ = [
     "encode_world_state",
 ]
 
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 MAX_HEADER_BYTES = 1 << 20
 MAX_BLOB_BYTES = 1 << 31
 MAX_ARRAYS = 1024
@@ -160,6 +161,12 @@ class HandOver(_Message, frozen=True, tag="hand-over"):
     worlds: Worlds
 
 
+class Snapshot(_Message, frozen=True, tag="snapshot"):
+    """Learner to actor: send copies of what you have of these worlds, and keep them."""
+
+    worlds: Worlds
+
+
 class WorldState(_Message, frozen=True, tag="world-state"):
     """Actor to learner, and learner to the next owner: the blob is a world as it stands before ``next_batch``.
 
@@ -215,6 +222,7 @@ Message = (
     | TicketMessage
     | WeightsHeader
     | HandOver
+    | Snapshot
     | WorldState
     | Lease
     | Goodbye

@@ -39,7 +39,7 @@ def loaded_version(folder: Path) -> int:
     """Which checkpoint is believed, and that it is all of one piece."""
     loaded = load_newest(folder, FINGERPRINT)
     assert loaded is not None
-    manifest, tensors, path = loaded
+    manifest, tensors, path, _ = loaded
     version = manifest.counters.policy_version
     assert manifest.counters == Counters(version, 100 * version, 0.5 * version, 1e-3)
     assert tensors["x"].tolist() == [float(version)] * 4
@@ -62,7 +62,7 @@ def test_a_checkpoint_round_trips(tmp_path: Path) -> None:
     assert (path / "policy.safetensors").read_bytes() == b"the policy"
     loaded = load_newest(tmp_path, FINGERPRINT)
     assert loaded is not None
-    manifest, found, where = loaded
+    manifest, found, where, _ = loaded
     assert where == path
     assert manifest.counters == counters
     assert (manifest.fingerprint, manifest.learner_incarnation) == (FINGERPRINT, 4)
@@ -314,7 +314,7 @@ class Training:
     def load(self, folder: Path) -> None:
         loaded = load_newest(folder, FINGERPRINT)
         assert loaded is not None
-        manifest, tensors, _ = loaded
+        manifest, tensors, *_ = loaded
         prefix = "network."
         self.network.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
         self.optimizer.set_tensors(tensors)

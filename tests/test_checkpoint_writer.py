@@ -28,7 +28,11 @@ def writer(tmp_path: Path) -> Iterator[CheckpointWriter]:
 
 def begin(writer: CheckpointWriter, version: int, tensor: torch.Tensor | None = None, protected: tuple[int, ...] = ()):
     tensor = torch.full((3,), float(version)) if tensor is None else tensor
-    writer.begin(Counters(version, 100 * version, 1.0, 1e-3), b"policy %d" % version, {"x": tensor}, set(protected))
+    writer.begin(counters(version), b"policy %d" % version, {"x": tensor}, set(protected))
+
+
+def counters(version: int) -> Counters:
+    return Counters(version, 100 * version, 1.0, 1e-3)
 
 
 def finish(writer: CheckpointWriter) -> list[Written]:
@@ -63,10 +67,10 @@ def test_what_is_written_is_as_it_was_when_it_was_asked_for(tmp_path, writer, he
     with torch.no_grad():
         weights += 100.0  # training goes on
     held.set()
-    assert finish(writer) == [Written(4, tmp_path / "000000004")]
+    assert finish(writer) == [Written(counters(4), tmp_path / "000000004")]
     loaded = load_newest(tmp_path, FINGERPRINT)
     assert loaded is not None
-    manifest, tensors, path = loaded
+    manifest, tensors, path, _ = loaded
     assert tensors["x"].tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
     assert manifest.counters == Counters(4, 400, 1.0, 1e-3)
     assert manifest.learner_incarnation == 3
@@ -133,12 +137,12 @@ def test_a_failure_is_told_and_the_next_one_is_written(tmp_path, writer, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.os, "fsync", full)
         begin(writer, 2)
-        assert finish(writer) == [Written(2, None, "OSError: [Errno 28] No space left on device")]
+        assert finish(writer) == [Written(counters(2), None, "OSError: [Errno 28] No space left on device")]
     assert writer.write_s == took_s  # which is of those that were written
     assert [int(path.name) for path in list_checkpoints(tmp_path)] == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["000000001"]  # nothing half written
     begin(writer, 3)
-    assert finish(writer) == [Written(3, tmp_path / "000000003")]
+    assert finish(writer) == [Written(counters(3), tmp_path / "000000003")]
 
 
 def test_when_one_cannot_be_written_those_before_stay(tmp_path, writer, monkeypatch):

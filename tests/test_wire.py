@@ -33,6 +33,7 @@ from rustyrl.wire import (
     Refusal,
     Rejoin,
     RolloutHeader,
+    Snapshot,
     StateArray,
     TicketMessage,
     WeightsHeader,
@@ -66,6 +67,7 @@ MESSAGES: dict[str, Message] = {
     "lease": Lease(steps=70_000),
     "rejoin": Rejoin(),
     "hand-over": HandOver(worlds=(0, 300)),
+    "snapshot": Snapshot(worlds=(0, 300)),
     "world-state": WorldState(
         world=300, next_batch=70_000, built=12, arrays=(StateArray("world.state", (16, 4), "float64"),)
     ),

@@ -21,6 +21,7 @@ from rustyrl.wire import (
     Ready,
     Refusal,
     Rejoin,
+    Snapshot,
     TicketMessage,
     WeightsHeader,
     Welcome,
@@ -100,9 +101,8 @@ def _answer_tickets(link: RolloutSender, fleet: Fleet, hello: Hello) -> None:
                 with stages("send"):
                     recording.sent = link.send_frames(frame, blob, AWAY_S)
                 fleet.pulse.rest(answered=True)
-            case HandOver(worlds):
-                for world in worlds:
-                    link.send(*fleet.give(world), timeout_s=AWAY_S)
+            case HandOver() | Snapshot() as request:
+                _send_worlds(link, fleet, request)
             case WorldState() as state:
                 fleet.take(state, received.blob)
             case Rejoin():
@@ -115,6 +115,13 @@ def _answer_tickets(link: RolloutSender, fleet: Fleet, hello: Hello) -> None:
                 return
             case Refusal(reason):
                 raise RunFailedError(f"the learner refused this actor: {reason}")
+
+
+def _send_worlds(link: RolloutSender, fleet: Fleet, request: HandOver | Snapshot) -> None:
+    """Give worlds away, or copies of them."""
+    state = fleet.give if isinstance(request, HandOver) else fleet.copy
+    for world in request.worlds:
+        link.send(*state(world), timeout_s=AWAY_S)
 
 
 def _join(link: RolloutSender, hello: Hello) -> Welcome:

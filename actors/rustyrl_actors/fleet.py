@@ -125,7 +125,15 @@ class Fleet:
 
     def give(self, index: int) -> tuple[WorldState, bytes]:
         """Part with a world: its state as a message, without arrays if it cannot be had."""
-        world = self._worlds.pop(index, None)
+        try:
+            return self.copy(index)
+        finally:
+            if (world := self._worlds.pop(index, None)) is not None:
+                world.environment.close()
+
+    def copy(self, index: int) -> tuple[WorldState, bytes]:
+        """The state of a world as a message, without arrays if it cannot be had; the world stays as it is."""
+        world = self._worlds.get(index)
         if world is None:
             return encode_world_state(index, 0, 0, {})
         try:
@@ -135,10 +143,8 @@ class Fleet:
                 arrays |= {f"now.action_mask.{name}": mask for name, mask in world.now.action_mask.items()}
             return encode_world_state(index, world.next_batch, world.built, arrays)
         except WireError as error:
-            log.warning("world %d moves without its state: %s", index, error)
+            log.warning("the state of world %d cannot be had: %s", index, error)
             return encode_world_state(index, 0, 0, {})
-        finally:
-            world.environment.close()
 
     def take(self, message: WorldState, blob: memoryview) -> None:
         """Go on with a world that another actor had; one whose state is of no use begins anew with its ticket."""

@@ -18,15 +18,15 @@ FILE_VERSION = "brain.Event:2"  # of the format; from it on TensorBoard heeds th
 class Board:
     """A TensorBoard event file in a folder; a thread of its own writes it."""
 
-    def __init__(self, folder: Path, purged: int = 0) -> None:
+    def __init__(self, folder: Path, purged: int | None = None) -> None:
         """Open a new file.
 
         Args:
             folder: of the run.
-            purged: the step from which on TensorBoard forgets what older files say; 0 keeps everything.
+            purged: the step from which on TensorBoard forgets what older files say; None keeps everything.
         """
         self._writer = EventFileWriter(str(folder))
-        if purged:
+        if purged is not None:
             self._write(Event(step=purged, file_version=FILE_VERSION))
             self._write(Event(step=purged, session_log=SessionLog(status=SessionLog.START)))
 

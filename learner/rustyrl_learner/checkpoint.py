@@ -1,9 +1,10 @@
 """Checkpoints: written whole or not at all, believed only if every byte is as it was written.
 
 A checkpoint is a folder named by its policy version. ``policy.safetensors`` is the policy as actors and games
-read it; ``learner.safetensors`` holds the networks, the optimiser's moments, the normaliser and the state of the
-shuffles; ``manifest.json`` names the checksum of both and the counters; ``manifest.sha256`` is its own. The folder is
-written under another name, synced and renamed.
+read it; ``learner.safetensors`` holds the networks, the optimiser's moments, the normaliser, the state of the
+shuffles and the newest training episodes; ``worlds.safetensors``, if there is one, holds worlds as they stood before
+the next batch; ``manifest.json`` names the checksums of these and the counters; ``manifest.sha256`` is its own. The
+folder is written under another name, synced and renamed. docs/resume.md has the formats.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 from safetensors.torch import load as load_tensors
@@ -22,12 +25,17 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from rustyrl.errors import RunFailedError
+from rustyrl_learner.gathering import KeptWorld
+from rustyrl_learner.kept_worlds import pack_worlds, unpack_worlds
 
-__all__ = ["Counters", "Manifest", "list_checkpoints", "load_newest", "prune", "save"]
+__all__ = ["WINDOW", "Counters", "Loaded", "Manifest", "list_checkpoints", "load_newest", "prune", "save"]
 
 log = logging.getLogger(__name__)
 
 DAMAGED = "damaged-"  # before the name of a checkpoint that was put aside
+FORMAT = 2  # 1 had no worlds and no episodes
+WORLDS = "worlds.safetensors"
+WINDOW = "window."  # tensors of training episodes, which report NaN where a number means nothing
 
 
 class Counters(msgspec.Struct, frozen=True):
@@ -37,16 +45,39 @@ class Counters(msgspec.Struct, frozen=True):
     steps: int = 0
     seconds: float = 0.0
     learning_rate: float = 0.0
+    lag_steps: dict[int, int] = {}
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """What makes a checkpoint believable."""
+    """What makes a checkpoint believable.
+
+    worlds: those that it holds, and the batch that their episodes began with
+    rustyrl: the version that wrote it
+    """
 
     counters: Counters
     fingerprint: str
     learner_incarnation: int
     sha256: dict[str, str]
-    format: int = 1
+    format: int
+    worlds: dict[int, int] = {}
+    rustyrl: str = ""
+
+
+class Loaded(NamedTuple):
+    """A checkpoint that was as it was written: ``worlds`` are those that it holds, as messages for their owners."""
+
+    manifest: Manifest
+    tensors: dict[str, Tensor]
+    path: Path
+    worlds: dict[int, KeptWorld]
+
+
+class _Format(msgspec.Struct, frozen=True):
+    """What is looked at first: the rest of a manifest of another format may be anything."""
+
+    format: int
+    rustyrl: str = ""
 
 
 def save(
@@ -56,6 +87,7 @@ def save(
     tensors: dict[str, Tensor],
     fingerprint: str,
     incarnation: int,
+    worlds: Mapping[int, KeptWorld] | None = None,
 ) -> Path:
     """Write one checkpoint into ``folder``; returns its path. A whole one of this version stays as it is.
 
@@ -64,7 +96,7 @@ def save(
         ValueError: a tensor holds numbers that are not finite, so that nothing could go on from it.
     """
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not name.startswith(WINDOW) and not tensor.isfinite().all():
             raise ValueError(f"{name} is not finite")
     target = folder / f"{counters.policy_version:09d}"
     if target.exists():
@@ -78,8 +110,16 @@ def save(
         "policy.safetensors": policy,
         "learner.safetensors": save_tensors({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}),
     }
+    if worlds:
+        files[WORLDS] = pack_worlds(worlds)
     manifest = Manifest(
-        counters, fingerprint, incarnation, {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        counters=counters,
+        fingerprint=fingerprint,
+        learner_incarnation=incarnation,
+        sha256={name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+        format=FORMAT,
+        worlds={world: state.built for world, (state, _) in (worlds or {}).items()},
+        rustyrl=_version(),
     )
     files["manifest.json"] = msgspec.json.encode(manifest)
     files["manifest.sha256"] = hashlib.sha256(files["manifest.json"]).hexdigest().encode()
@@ -106,13 +146,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("[0-9]*") if path.is_dir() and path.name.isdigit())
 
 
-def load_newest(
-    folder: Path, fingerprint: str, warn: Callable[[str], None] = log.warning
-) -> tuple[Manifest, dict[str, Tensor], Path] | None:
+def load_newest(folder: Path, fingerprint: str, warn: Callable[[str], None] = log.warning) -> Loaded | None:
     """The newest checkpoint whose bytes are as they were written; warns of each that is not, and puts it aside.
 
     Raises:
-        RunFailedError: there are checkpoints but none is whole, or they are of another environment.
+        RunFailedError: there are checkpoints but none is whole, or they are of another environment or of a newer
+            format.
     """
     found, damaged = list_checkpoints(folder), []
     for path in reversed(found):
@@ -131,7 +170,10 @@ def load_newest(
             shutil.rmtree(folder / f"{DAMAGED}{other.name}", ignore_errors=True)
             with contextlib.suppress(OSError):
                 other.rename(folder / f"{DAMAGED}{other.name}")
-        return manifest, load_tensors(data["learner.safetensors"]), path
+        kept = data.get(WORLDS)
+        batch, built = manifest.counters.policy_version, manifest.worlds
+        worlds = {} if kept is None else unpack_worlds(kept, batch, built)
+        return Loaded(manifest, load_tensors(data["learner.safetensors"]), path, worlds)
     if found:
         raise RunFailedError(f"none of the {len(found)} checkpoints in {folder} is whole; see the log")
     return None
@@ -142,22 +184,43 @@ def prune(folder: Path, kept: int, protected: set[int]) -> None:
     found = list_checkpoints(folder)
     for path in found[:-kept]:
         if int(path.name) not in protected:
-            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # under a name that is none, so that half of one passes for none
+                path.rename(folder / f".{path.name}.partial")
     for partial in folder.glob(".*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _read(path: Path) -> tuple[Manifest, dict[str, bytes]]:
-    """The manifest and files of a checkpoint; raises `OSError` or `ValueError` if it is not as it was written."""
+    """The manifest and files of a checkpoint.
+
+    Raises:
+        OSError, ValueError: it is not as it was written.
+        RunFailedError: it is of a newer format.
+    """
     content = (path / "manifest.json").read_bytes()
     if hashlib.sha256(content).hexdigest().encode() != (path / "manifest.sha256").read_bytes():
         raise ValueError("manifest.json is damaged")
+    written = msgspec.json.decode(content, type=_Format)
+    if written.format > FORMAT:
+        raise RunFailedError(
+            f"checkpoint {path} has format {written.format}, this rustyrl ({_version() or 'not installed'}) reads "
+            f"formats up to {FORMAT}: go on with the one that wrote it, {written.rustyrl or 'a newer one'}, or start a "
+            f"new run from its policy: --init {path / 'policy.safetensors'}"
+        )
     manifest = msgspec.json.decode(content, type=Manifest)
     data = {name: (path / name).read_bytes() for name in manifest.sha256}
     broken = [name for name, digest in manifest.sha256.items() if hashlib.sha256(data[name]).hexdigest() != digest]
     if broken:
         raise ValueError(f"{', '.join(broken)} is damaged")
     return manifest, data
+
+
+def _version() -> str:
+    """Of this rustyrl; "" if it is not installed, as when it runs from a copy of its sources."""
+    try:
+        return metadata.version("rustyrl")
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _sync_folder(folder: Path) -> None:

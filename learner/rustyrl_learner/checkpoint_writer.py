@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,17 +13,24 @@ from torch import Tensor
 
 from rustyrl_learner import checkpoint
 from rustyrl_learner.checkpoint import Counters
+from rustyrl_learner.gathering import KeptWorld
 
 __all__ = ["CheckpointWriter", "Written"]
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """How the writing of one checkpoint ended: ``path``, or None and the ``problem``."""
+    """How the writing of one checkpoint ended: ``path``, or None and the ``problem``; how many worlds it holds."""
 
-    version: int
+    counters: Counters
     path: Path | None
     problem: str = ""
+    worlds: int = 0
+
+    @property
+    def version(self) -> int:
+        """Of the policy."""
+        return self.counters.policy_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +39,7 @@ class _Job:
     policy: bytes
     tensors: dict[str, Tensor]
     protected: set[int]
+    worlds: Mapping[int, KeptWorld]
 
 
 class CheckpointWriter:
@@ -44,6 +53,7 @@ class CheckpointWriter:
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
         self._ended: queue.Queue[Written] = queue.Queue()
         self._waiting = 0
+        self._begun_at = 0.0
         self.write_s = 0.0  # how long the newest took to write
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
@@ -53,11 +63,24 @@ class CheckpointWriter:
         """Whether one is being written."""
         return self._waiting > 0
 
-    def begin(self, counters: Counters, policy: bytes, tensors: dict[str, Tensor], protected: set[int]) -> None:
+    @property
+    def writing_s(self) -> float:
+        """How long ago the newest one was begun that is still being written; 0 if there is none."""
+        return time.monotonic() - self._begun_at if self._waiting else 0.0
+
+    def begin(
+        self,
+        counters: Counters,
+        policy: bytes,
+        tensors: dict[str, Tensor],
+        protected: set[int],
+        worlds: Mapping[int, KeptWorld] | None = None,
+    ) -> None:
         """Copy the tensors and have them written; checkpoints of ``protected`` versions are not removed for it."""
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         self._waiting += 1
-        self._jobs.put(_Job(counters, policy, copies, protected))
+        self._begun_at = time.monotonic()
+        self._jobs.put(_Job(counters, policy, copies, protected, worlds or {}))
 
     def ended(self, timeout_s: float = 0.0) -> list[Written]:
         """Those that were written, or could not be, since the last call; waits for the first if there is none."""
@@ -78,14 +101,20 @@ class CheckpointWriter:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            version, started = job.counters.policy_version, time.monotonic()
+            started = time.monotonic()
             try:
                 path = checkpoint.save(
-                    self._folder, job.counters, job.policy, job.tensors, self._fingerprint, self._incarnation
+                    self._folder,
+                    job.counters,
+                    job.policy,
+                    job.tensors,
+                    self._fingerprint,
+                    self._incarnation,
+                    job.worlds,
                 )
                 checkpoint.prune(self._folder, self._kept, job.protected)
             except Exception as error:  # whatever it was, training goes on and the training thread says so
-                self._ended.put(Written(version, None, f"{type(error).__name__}: {error}"))
+                self._ended.put(Written(job.counters, None, f"{type(error).__name__}: {error}"))
             else:
                 self.write_s = time.monotonic() - started
-                self._ended.put(Written(version, path))
+                self._ended.put(Written(job.counters, path, worlds=len(job.worlds)))

@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -28,13 +29,16 @@ from rustyrl.wire import (
     Refusal,
     Rejoin,
     RolloutHeader,
+    Snapshot,
     TicketMessage,
     WeightsHeader,
     WorldState,
     decode_rollout,
 )
 from rustyrl_learner.batch import BatchBuffer
+from rustyrl_learner.gathering import Gathering, KeptWorld
 from rustyrl_learner.ingest import admit
+from rustyrl_learner.outbox import Outbox
 from rustyrl_learner.roster import Actor, Roster
 from rustyrl_learner.tickets import TicketBook
 
@@ -43,6 +47,7 @@ __all__ = ["Collector"]
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
+FULL_POLL_S = 0.01  # while something waits for room in a queue
 
 
 class Collector:
@@ -63,7 +68,21 @@ class Collector:
         weights: bytes,
         *,
         pin: bool,
+        worlds: Mapping[int, KeptWorld] | None = None,
     ) -> None:
+        """Take up the learner's end.
+
+        Args:
+            receiver: the socket.
+            spec: what is trained.
+            config: how.
+            incarnation: of this learner.
+            expect: actors that the first batch waits for.
+            first_version: of the policy that it begins with.
+            weights: that policy.
+            pin: whether batches are collected in memory that a GPU can read from.
+            worlds: of a checkpoint, given to their owners ahead of the first ticket.
+        """
         self._receiver = receiver
         self._spec = spec
         self._config = config
@@ -74,6 +93,11 @@ class Collector:
         self._blobs = {first_version: weights}
         self._newest = first_version
         self._roster = Roster(receiver, spec, config, incarnation, self._book)
+        self._outbox = Outbox(receiver)
+        self._kept = {world: kept for world, kept in (worlds or {}).items() if world < config.batch.worlds}
+        if first_version:
+            self._book.worlds_restarted = config.batch.worlds - len(self._kept)
+        self._gathering: Gathering | None = None
         self._filling: dict[int, BatchBuffer] = {}
         self._done: set[int] = set()
         self._next_batch = first_version
@@ -125,6 +149,13 @@ class Collector:
         self._orders.append(("relieve", incarnation))
         self._receiver.wake()
 
+    def gather(self, batch: int) -> Gathering:
+        """Ask for copies of all worlds, which are to stand before this batch: all of the one before has come."""
+        gathering = Gathering(batch)
+        self._orders.append(("gather", gathering))
+        self._receiver.wake()
+        return gathering
+
     def snapshot(self) -> dict[str, Any]:
         """Members and books, as of the last turn of the receive thread."""
         return self._snapshot
@@ -147,15 +178,17 @@ class Collector:
         deadline = time.monotonic() + self._config.cluster.start_deadline_s
         try:
             while not self._stopping.is_set():
-                for received in self._receiver.receive(POLL_S):
+                for received in self._receiver.receive(FULL_POLL_S if self._outbox.peers else POLL_S):
                     self._handle(received)
                     del received
                 self._follow_orders()
                 self._roster.expire()
-                self._roster.probe()
+                self._roster.probe(self._outbox.peers)
                 self._check_start(deadline)
                 self._roster.send_home()
                 self._issue_tickets()
+                self._turn_outbox()
+                self._turn_gathering()
                 self._snapshot = self._describe()
             self._follow_orders()
             self._snapshot = self._describe()
@@ -163,6 +196,8 @@ class Collector:
                 self._roster.say_goodbye()
         except BaseException as error:  # it is raised again in the training thread
             self._complete.put(error)
+            if self._gathering is not None:
+                self._gathering.done.set()
             if isinstance(error, ContractError | RunFailedError):  # else this process is replaced, and actors wait
                 self._roster.say_goodbye()
 
@@ -197,7 +232,9 @@ class Collector:
             case Ready(fingerprint):
                 self._roster.admit(peer, actor, fingerprint)
             case WorldState() as state:
-                if self._book.gives(peer, state.world):  # else it came too late
+                if self._gathering is not None and self._gathering.take(peer, state, blob):
+                    pass
+                elif self._book.gives(peer, state.world):  # else it came too late
                     self._pass_on(state, blob)
             case Fault(reason) if actor.ready:
                 raise ContractError(reason)
@@ -256,6 +293,9 @@ class Collector:
                     if self._book.relieve(peer):
                         self._roster.actors[peer].asked.clear()
                 continue
+            if order == "gather":
+                self._ask_for_copies(what)
+                continue
             buffer, version, weights, rejected = what
             self._book.finish(buffer.number, rejected)
             self._free.append(buffer)
@@ -268,15 +308,22 @@ class Collector:
         """Give a world that moved to who has it now, ahead of the ticket that names it."""
         self._asked.pop(state.world, None)
         owner = self._book.owner(state.world)
-        whole = bool(state.arrays) and owner is not None and self._receiver.send(owner, state, bytes(blob))
+        whole = bool(state.arrays) and owner is not None and self._outbox.send(owner, state, bytes(blob))
         self._book.arrive(state.world, whole=whole)
+
+    def _ask_for_copies(self, gathering: Gathering) -> None:
+        """Have every world copied by its owner."""
+        self._gathering = gathering
+        for member in self._book.members:
+            if member.worlds and self._outbox.send(member.peer, Snapshot(tuple(member.worlds))):
+                gathering.ask(member.peer, tuple(member.worlds))
 
     def _ask_for_states(self) -> None:
         """Have worlds that move handed over; who does not do it in time is not waited for."""
         now = time.monotonic()
         for peer, worlds in self._book.handovers():
             self._asked |= dict.fromkeys(worlds, now)
-            if not self._receiver.send(peer, HandOver(worlds)):
+            if not self._outbox.send(peer, HandOver(worlds)):
                 self._roster.lose(peer, "it cannot be reached")
         for world in [w for w, since in self._asked.items() if now - since > self._config.cluster.lease_s]:
             del self._asked[world]
@@ -291,16 +338,37 @@ class Collector:
             actor = self._roster.actors.get(peer)
             if actor is None:  # lost a moment ago, and this ticket with it
                 continue
+            for world in ticket.worlds if self._kept else ():
+                if (kept := self._kept.pop(world, None)) is not None:
+                    self._outbox.send(peer, *kept)
             if actor.held_version != ticket.policy_version:  # the weights always travel ahead of the ticket
                 header = WeightsHeader(self._incarnation, ticket.policy_version)
-                if not self._receiver.send(peer, header, self._blobs[ticket.policy_version]):
+                if not self._outbox.send(peer, header, self._blobs[ticket.policy_version]):
                     self._roster.lose(peer, "it cannot be reached")
                     continue
                 actor.held_version = ticket.policy_version
             actor.asked[ticket] = time.monotonic()
             message = TicketMessage(self._incarnation, ticket.batch, ticket.policy_version, ticket.worlds)
-            if not self._receiver.send(peer, message):
+            if not self._outbox.send(peer, message):
                 self._roster.lose(peer, "it cannot be reached")
+
+    def _turn_outbox(self) -> None:
+        """Send what waited for room; who reads lives."""
+        for peer in self._outbox.peers - self._roster.actors.keys():
+            self._outbox.forget(peer)
+        for peer in self._outbox.flush():
+            self._roster.actors[peer].seen = time.monotonic()
+
+    def _turn_gathering(self) -> None:
+        """Wait no more for who is gone, and for nobody once everything has come."""
+        gathering = self._gathering
+        if gathering is None:
+            return
+        for peer in gathering.givers - self._roster.actors.keys():
+            gathering.lose(peer)
+        if not gathering.givers:
+            gathering.done.set()
+            self._gathering = None
 
     def _check_start(self, deadline: float) -> None:
         """Batch 0 waits for every actor that is expected, with a deadline."""

@@ -8,12 +8,14 @@ import os
 import signal
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rustyrl.channels import ControlClient, RolloutReceiver
 from rustyrl.condition import meets
@@ -26,11 +28,12 @@ from rustyrl.stages import Stages
 from rustyrl_learner import checkpoint
 from rustyrl_learner.advantage import batch_figures, training_batch, uses_vtrace
 from rustyrl_learner.batch import Batch
-from rustyrl_learner.checkpoint import Counters
+from rustyrl_learner.checkpoint import WINDOW, Counters, Loaded
 from rustyrl_learner.checkpoint_writer import CheckpointWriter, Written
 from rustyrl_learner.collector import Collector
 from rustyrl_learner.device import choose_device, gpu_figures
 from rustyrl_learner.diagnosis import Diagnosis, explain_not_finite
+from rustyrl_learner.gathering import KeptWorld
 from rustyrl_learner.ppo import Losses, ppo_update
 from rustyrl_learner.recent import RecentUpdates
 from rustyrl_learner.record import EpisodeWindow, MetricsLog
@@ -47,6 +50,11 @@ WAIT_S = 0.1  # how long the training thread waits for a batch before it looks a
 REPORT_S = 0.2
 MAX_CANDIDATES = 2  # versions waiting for their evaluation before training waits for the oldest
 SAVE_S = 60.0  # how long the last checkpoint may take; the launcher is less patient
+GATHER_S = 10.0  # how long actors may take to send copies of their worlds
+EDGE_SHARE = 0.4  # of the grace of a stop, cluster.stop_s: to come to the next batch edge; then comes the writing
+EDGE_S = 5.0  # how long who asks for a checkpoint waits for the next batch edge
+BEHIND_S = 60.0  # of training that a stop gives up at most so that what follows is in the same bits
+SLOW_S = 10.0  # of writing a checkpoint, after which it is said
 MIN_EPISODES = 20  # before training figures say anything about the goal
 
 
@@ -77,10 +85,16 @@ class Learner:
         self._incarnation = incarnation
         self._stop_reason: str | None = None
         self._paused = False
-        self._checkpoint_asked = False
+        self._stop_by = float("inf")  # until when a stop waits for a batch edge
+        self._asked_at: float | None = None  # when somebody asked for a checkpoint that was not begun yet
         self._asked: set[int] = set()  # versions whose checkpoint somebody waits for
         self._saved_at = -float("inf")  # the first update of a learner is kept at once: its successor begins there
         self._unlogged = False  # the newest row of metrics could not be written
+        self._edge_worlds: Mapping[int, KeptWorld] = {}  # as they stand before the next batch, until that is taken
+        self._keeps_worlds = False  # whether they could be had when they were asked for last
+        self._asked_worlds = False  # whether they ever were
+        self._exact: Counters | None = None  # of the newest checkpoint that holds every world
+        self._slow_said = False
         self._unsaved = ""  # why the newest checkpoint could not be written
         self._trace = None if profile is None else UpdateTrace(profile)
         self._stages = Stages()
@@ -100,7 +114,8 @@ class Learner:
         self._device = choose_device(config.run.device)
         self._training = Training(config, spec, self._device)
         self._counters = Counters(learning_rate=config.ppo.learning_rate)
-        if not (resume and self._resume()) and config.run.init:
+        worlds = self._resume() if resume else None
+        if worlds is None and config.run.init:
             self._training.start_from(Path(config.run.init))
         self._diagnosis = Diagnosis(spec, config, self._counters.policy_version)
         self._log = MetricsLog(run, self._counters.policy_version)
@@ -115,6 +130,7 @@ class Learner:
             self._counters.policy_version,
             self._training.weights(),
             pin=self._device.type == "cuda",
+            worlds=worlds,
         )
         self._started = time.monotonic() - self._counters.seconds
 
@@ -131,12 +147,12 @@ class Learner:
             reason = str(stop)
         except (ContractError, FloatingPointError) as error:  # what was learned before is sound
             with contextlib.suppress(RunFailedError):
-                self._save_last()
+                self._save_last(exact=False)
             if isinstance(error, FloatingPointError):
                 version, rate = self._counters.policy_version + 1, self._counters.learning_rate
                 raise FloatingPointError(explain_not_finite(str(error), version, self._config.ppo, rate)) from error
             raise
-        self._save_last()
+        self._save_last(exact=True)
         if reason == "total_steps":
             self._await_candidates()
             reason = self._stop_reason or reason
@@ -159,20 +175,21 @@ class Learner:
 
     def request_stop(self, reason: str) -> None:
         """End at the next opportunity; safe in a signal handler."""
-        self._stop_reason = self._stop_reason or reason
+        if self._stop_reason is None:
+            self._stop_by = time.monotonic() + self._config.cluster.stop_s * EDGE_SHARE
+            self._stop_reason = reason
 
     def _update_once(self) -> None:
         """One batch to one policy version: stops 6 to 10 of the straight line."""
         stages, training = self._stages, self._training
         with stages("wait"):
             buffer = self._next_batch()
+        self._edge_worlds = {}
         with stages("batch"):
             batch, episodes = buffer.to_device(self._device), buffer.episodes()
-            self._window.add(episodes)
         warm_up = training.warming_up
         trained = 0 if warm_up else int(batch.valid.sum())
         lag = buffer.number - buffer.policy_version
-        self._lags[lag] += trained
         with training.whole_or_undone():  # a stop abandons it half-way
             losses, figures = self._train(batch) if trained else (None, {})
             if training.normalizer is not None:
@@ -180,22 +197,35 @@ class Learner:
                     training.normalizer.fold(batch.observation[:-1][batch.valid])
             with stages("diagnose"):
                 training.check_finite()
+        self._window.add(episodes)
+        self._lags[lag] += trained
         self._counters = Counters(
             policy_version=self._counters.policy_version + 1,
             steps=self._counters.steps + trained,
             seconds=time.monotonic() - self._started,
             learning_rate=losses.learning_rate if losses else self._counters.learning_rate,
+            lag_steps=dict(self._lags),
         )
         with stages("diagnose"):  # before the buffer, whose memory the batch may be, is used again
             for finding in self._diagnosis.look(batch, episodes, figures, lag=lag, steps=self._counters.steps):
                 self._say(f"finding: {finding.message}")
         with stages("export"):
             weights = training.weights()
+        candidate = self._counters.policy_version % self._config.run.eval_every == 0 and self._near_goal()
+        due = candidate or self._asked_at is not None or self._checkpoint_is_due()
+        if due or self._stop_reason is not None or self._finished() is not None:
+            with stages("checkpoint"):
+                self._gather_worlds()
         with stages("publish"):
             actor_s, receive_s, actors = buffer.actor_stage_s(), buffer.receive_s, len(buffer.answers)
             rejected = "warm-up" if warm_up else None
             self._collector.publish(buffer, self._counters.policy_version, weights, rejected)
         self._record(figures, {"receive_s": receive_s, "actor_s": actor_s}, trained, actors)
+        if candidate:
+            self._candidates.append(self._counters.policy_version)
+        if due:
+            self._begin_checkpoint()
+        self._report()
 
     def _train(self, batch: Batch) -> tuple[Losses, dict[str, float]]:
         """Stops 7 and 8: what the update did, and its figures by the names in docs/metrics.md."""
@@ -222,11 +252,10 @@ class Learner:
     def _next_batch(self) -> Any:
         while True:
             self._follow_orders()
-            if self._checkpoint_asked:
-                self._checkpoint_asked = False
-                self._asked.add(self._counters.policy_version)
+            held = self._paused or len(self._candidates) >= MAX_CANDIDATES
+            if self._asked_at is not None and (held or not self._edge_is_near(self._asked_at)):
                 self._begin_checkpoint()
-            if len(self._candidates) < MAX_CANDIDATES and not self._paused:
+            if not held or self._stop_reason is not None:
                 buffer = self._collector.next_batch(WAIT_S)
                 if buffer is not None:
                     return buffer
@@ -234,9 +263,15 @@ class Learner:
                 self._held = True
                 time.sleep(WAIT_S / 10)
 
+    def _edge_is_near(self, since: float) -> bool:
+        """Whether a checkpoint is better written at the next batch edge, with all worlds."""
+        return self._keeps_worlds and not self._edge_worlds and time.monotonic() - since < EDGE_S
+
     def _finished(self) -> str | None:
         limit = self._config.run.total_steps
-        return "total_steps" if limit and self._counters.steps >= limit else None
+        if limit and self._counters.steps >= limit:
+            return "total_steps"
+        return self._stop_reason if self._edge_worlds else None  # a stop that waited for the edge
 
     def _progress(self) -> float:
         """How much of the run's steps is trained; 0 where there is no limit."""
@@ -244,7 +279,7 @@ class Learner:
         return self._counters.steps / limit if limit else 0.0
 
     def _record(self, losses: dict[str, Any], stages_s: dict[str, dict[str, float]], trained: int, actors: int) -> None:
-        version, run = self._counters.policy_version, self._config.run
+        version = self._counters.policy_version
         learner_s = self._stages.take()
         if self._held:
             self._recent.skip()
@@ -272,12 +307,6 @@ class Learner:
             self._unlogged = True
         else:
             self._unlogged = False
-        if version % run.eval_every == 0 and self._near_goal():
-            self._candidates.append(version)
-            self._begin_checkpoint()
-        elif not self._writer.busy and (version % run.checkpoint_every == 0 or self._checkpoint_is_due()):
-            self._begin_checkpoint()  # a disk that is slower than this gets fewer
-        self._report()
 
     def _near_goal(self) -> bool:
         figures = self._window.figures()
@@ -285,16 +314,46 @@ class Learner:
         return bool(self._conditions) and enough and meets(self._conditions, figures)
 
     def _checkpoint_is_due(self) -> bool:
-        """Whether it is time for one; writing takes at most a twentieth of the time of its thread."""
-        every_s = max(self._config.run.checkpoint_every_s, 20 * self._writer.write_s)
-        return time.monotonic() - self._saved_at > every_s
+        """Whether it is time for one; writing takes at most a twentieth of the time of its thread.
+
+        A disk that is slower than training gets fewer.
+        """
+        run, writer = self._config.run, self._writer
+        every_s = max(run.checkpoint_every_s, 20 * writer.write_s)
+        due = self._counters.policy_version % run.checkpoint_every == 0 or time.monotonic() - self._saved_at > every_s
+        if due and writer.writing_s > SLOW_S and not self._slow_said:
+            self._slow_said = True
+            self._say(
+                f"the disk is slow: a checkpoint has been written for {writer.writing_s:.0f} s; training goes on, and "
+                "the next one is written after that"
+            )
+        return due and not writer.busy
+
+    def _gather_worlds(self) -> None:
+        """Have copies of all worlds between two batches: only without a lag do they all stand there together."""
+        if self._config.batch.max_policy_lag or (self._asked_worlds and not self._keeps_worlds):
+            return
+        gathering = self._collector.gather(self._counters.policy_version)
+        deadline = min(time.monotonic() + GATHER_S, self._stop_by)
+        while not gathering.done.wait(WAIT_S) and time.monotonic() < deadline:
+            self._hear_orders()
+            deadline = min(deadline, self._stop_by)
+        self._edge_worlds = gathering.end()
+        self._asked_worlds, self._keeps_worlds = gathering.done.is_set(), bool(self._edge_worlds)
 
     def _begin_checkpoint(self) -> None:
         """Have the state of this version written."""
+        if self._asked_at is not None:
+            self._asked_at = None
+            self._asked.add(self._counters.policy_version)
         with self._stages("checkpoint"):
             protected = {*self._candidates, *([] if self._best is None else [self._best])}
             self._saved_at = time.monotonic()
-            self._writer.begin(self._counters, self._training.weights(), self._training.state(), protected)
+            state = {**self._training.state(), **self._window_tensors()}
+            self._writer.begin(self._counters, self._training.weights(), state, protected, self._edge_worlds)
+
+    def _window_tensors(self) -> dict[str, Tensor]:
+        return {f"{WINDOW}{name}": torch.from_numpy(column) for name, column in self._window.columns().items()}
 
     def _end_checkpoint(self, written: Written) -> None:
         """Tell the launcher of one that was written, or could not be."""
@@ -308,6 +367,8 @@ class Learner:
                 self._candidates.remove(version)
         else:
             self._unsaved = ""
+            if written.worlds == self._config.batch.worlds:
+                self._exact = written.counters
             if version in self._candidates:
                 policy = str(written.path / "policy.safetensors")
                 self._control.send({"kind": "candidate", "version": version, "policy": policy})
@@ -316,9 +377,18 @@ class Learner:
             answer = {"kind": "checkpointed", "version": version, "path": path, "problem": written.problem}
             self._control.send(answer)
 
-    def _save_last(self) -> None:
-        """Write the state that training ends with, and wait for it; raises `RunFailedError` if that cannot be."""
-        self._begin_checkpoint()
+    def _save_last(self, *, exact: bool) -> None:
+        """Write the state that training ends with, and wait for it.
+
+        Args:
+            exact: leave the newest checkpoint with every world as the newest, if the end is not at a batch edge, so
+                that what goes on from there comes to the same bits; not if that gives up more than `BEHIND_S`.
+
+        Raises:
+            RunFailedError: it could not be written.
+        """
+        if not (exact and self._stays_behind()):
+            self._begin_checkpoint()
         deadline = time.monotonic() + SAVE_S
         while self._writer.busy and time.monotonic() < deadline:
             for written in self._writer.ended(WAIT_S):
@@ -328,29 +398,47 @@ class Learner:
         if self._unsaved:
             raise RunFailedError(f"the last checkpoint could not be written: {self._unsaved}")
 
+    def _stays_behind(self) -> bool:
+        """Whether the newest exact checkpoint is to be the last, and say so."""
+        now, kept = self._counters, self._exact
+        if self._edge_worlds or not self._keeps_worlds or kept is None or now.seconds - kept.seconds > BEHIND_S:
+            return False
+        if again := now.policy_version - kept.policy_version:
+            self._say(
+                f"the batch that was under way could not be ended in time: the newest checkpoint stays version "
+                f"{kept.policy_version}, from which a resumed run does {again} updates again, to the same bits"
+            )
+        return True
+
     def _say(self, message: str) -> None:
         """Have the launcher show something."""
         log.warning("%s", message)
         with contextlib.suppress(TimeoutError):
             self._control.send({"kind": "say", "message": message})
 
-    def _resume(self) -> bool:
-        """Take the newest checkpoint's state; False if there is none."""
+    def _resume(self) -> Mapping[int, KeptWorld] | None:
+        """Take the newest checkpoint's state; the worlds that it holds, None if there is no checkpoint."""
         folder = self._run_folder / "checkpoints"
         loaded = checkpoint.load_newest(folder, self._spec.fingerprint, self._say)
         if loaded is None:
             self._say(f"nothing to resume from in {folder}, starting anew")
-            return False
-        manifest, tensors, path = loaded
+            return None
         try:
-            self._training.set_state(tensors)
+            self._training.set_state(loaded.tensors)
         except RuntimeError as error:
-            raise UsageError(f"{path} holds other networks than the configuration describes: {error}") from None
-        self._counters = manifest.counters
+            raise UsageError(f"{loaded.path} holds other networks than the configuration describes: {error}") from None
+        episodes = {n.removeprefix(WINDOW): t for n, t in loaded.tensors.items() if n.startswith(WINDOW)}
+        self._window.set_columns({name: tensor.numpy() for name, tensor in episodes.items()})
+        self._counters = loaded.manifest.counters
+        self._lags.update(self._counters.lag_steps)
         best = read_best(self._run_folder)
         self._best = best.version if best else None
-        log.info("resumed from %s: version %d", path, self._counters.policy_version)
-        return True
+        if len(loaded.worlds) == self._config.batch.worlds:
+            self._exact = self._counters
+        self._keeps_worlds = bool(loaded.worlds) and not self._config.batch.max_policy_lag
+        log.info("resumed from %s: version %d", loaded.path, self._counters.policy_version)
+        self._say(describe_resume(loaded, self._config))
+        return loaded.worlds
 
     def _await_candidates(self) -> None:
         """At the end of the budget, let the launcher finish judging: the first to meet the goal still counts."""
@@ -362,12 +450,17 @@ class Learner:
             self._stop_reason = str(stop)
 
     def _follow_orders(self) -> None:
+        """Do what the launcher wants; raises `StopRequestedError` unless the end of the batch is waited for."""
+        self._hear_orders()
+        waits = self._keeps_worlds and time.monotonic() < self._stop_by
+        if self._stop_reason is not None and not waits:
+            raise StopRequestedError(self._stop_reason)
+
+    def _hear_orders(self) -> None:
         while (order := self._control.receive(0)) is not None:
             self._follow(order)
         for written in self._writer.ended():
             self._end_checkpoint(written)
-        if self._stop_reason is not None:
-            raise StopRequestedError(self._stop_reason)
         if time.monotonic() - self._reported > REPORT_S:
             self._report()
 
@@ -380,7 +473,7 @@ class Learner:
             case "pause":
                 self._paused = bool(order["paused"])
             case "checkpoint":
-                self._checkpoint_asked = True
+                self._asked_at = time.monotonic()
             case "relieve":
                 self._collector.relieve(int(order["incarnation"]))
             case "retire":
@@ -423,6 +516,22 @@ class Learner:
 
     def _trained_sps(self) -> float:
         return self._counters.steps / max(self._counters.seconds, 1e-9)
+
+
+def describe_resume(loaded: Loaded, config: Config) -> str:
+    """What goes on and what begins anew."""
+    worlds, version = config.batch.worlds, loaded.manifest.counters.policy_version
+    kept = sum(world < worlds for world in loaded.worlds)
+    start = f"going on from version {version}"
+    if kept == worlds:
+        return f"{start} with the running episodes of all worlds ({worlds})"
+    if loaded.manifest.format == 1:
+        why = "its checkpoint has format 1, which held none"
+    elif config.batch.max_policy_lag:
+        why = f"at a policy lag of {config.batch.max_policy_lag} worlds run ahead of checkpoints"
+    else:
+        why = "its checkpoint was not written at a batch edge, or these worlds have no save_state, or are new"
+    return f"{start}; {worlds - kept} of {worlds} worlds begin new episodes: {why}"
 
 
 def run_learner(learner: Learner, control: ControlClient) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from rustyrl.figures import episode_figures
 from rustyrl.rollout import EpisodeRows
@@ -42,12 +43,27 @@ class EpisodeWindow:
             episode["length"] = float(episodes.length[row])
             self._episodes.append(episode)
         if len(episodes.slot):
-            columns = {name: np.array([e[name] for e in self._episodes]) for name in self._episodes[0]}
-            self._figures = episode_figures(self._spec, columns.pop("return"), columns.pop("length"), columns)
+            self._sum_up()
 
     def figures(self) -> dict[str, float]:
         """``return_mean, return_std, length_mean`` and the declared metrics; empty before the first episode."""
         return self._figures
+
+    def columns(self) -> dict[str, NDArray[np.float64]]:
+        """The episodes as arrays `[episodes]` by name: what `set_columns` goes on from."""
+        return {name: np.array([e[name] for e in self._episodes]) for name in (self._episodes or [{}])[0]}
+
+    def set_columns(self, columns: dict[str, NDArray[np.float64]]) -> None:
+        """Put back what `columns` gave."""
+        self._episodes.clear()
+        rows = zip(*(array.tolist() for array in columns.values()), strict=True)
+        self._episodes.extend(dict(zip(columns, row, strict=True)) for row in rows)
+        if self._episodes:
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        columns = self.columns()
+        self._figures = episode_figures(self._spec, columns.pop("return"), columns.pop("length"), columns)
 
 
 class MetricsLog:
@@ -58,10 +74,10 @@ class MetricsLog:
 
     def __init__(self, run: Path, after_version: int) -> None:
         self._path = run / "metrics.jsonl"
-        steps = self._cut_after(after_version)
+        purged_from = self._cut_after(after_version)
         self._file = self._path.open("ab", buffering=0)
-        self._open_board: Callable[[int], Board] = lambda purged: Board(run, purged)
-        self._board: Board | None = self._open_board(steps + 1 if steps else 0)
+        self._open_board: Callable[[int | None], Board] = lambda purged: Board(run, purged)
+        self._board: Board | None = self._open_board(purged_from)
         self._reopen_at = 0.0
         self.lost = 0  # rows that could not be written
 
@@ -102,7 +118,7 @@ class MetricsLog:
             return
         step = row["steps"]
         try:
-            self._board = self._board or self._open_board(0)
+            self._board = self._board or self._open_board(None)
             numbers: dict[str, float] = {}
             for name, value in row.items():
                 values = {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
@@ -118,12 +134,13 @@ class MetricsLog:
                     board.close()
             raise
 
-    def _cut_after(self, version: int) -> int:
+    def _cut_after(self, version: int) -> int | None:
+        """Cut off rows above a version; the step from which TensorBoard is to forget its own, None without any rows."""
         if not self._path.exists():
-            return 0
-        kept: list[str] = []
-        steps = 0
-        for line in self._path.read_text(encoding="utf-8").splitlines():
+            return None
+        kept: list[bytes] = []
+        steps = -1  # so that with no row left all of them go, those of a warm-up at step 0 too
+        for line in self._path.read_bytes().splitlines():
             try:
                 row = msgspec.json.decode(line, type=dict[str, Any])
             except msgspec.DecodeError:
@@ -132,5 +149,5 @@ class MetricsLog:
                 break
             kept.append(line)
             steps = row.get("steps", 0)
-        write_atomic(self._path, "".join(f"{line}\n" for line in kept).encode())
-        return steps
+        write_atomic(self._path, b"".join(line + b"\n" for line in kept))
+        return steps + 1

@@ -157,10 +157,14 @@ class Roster:
             self._silent.add(self.actors[peer].hello.incarnation)
             self.lose(peer, f"silent for {now - self.actors[peer].seen:.0f} s")
 
-    def probe(self) -> None:
-        """Let every actor hear from time to time that this learner lives; whose connection is gone is lost."""
+    def probe(self, waiting: frozenset[bytes] = frozenset()) -> None:
+        """Let every actor hear from time to time that this learner lives; whose connection is gone is lost.
+
+        Args:
+            waiting: actors whose queue is full, as that of one that is gone may seem to be.
+        """
         now = time.monotonic()
-        for peer, actor in [(p, a) for p, a in self.actors.items() if now - a.probed > PROBE_S]:
+        for peer, actor in [(p, a) for p, a in self.actors.items() if now - a.probed > PROBE_S and p not in waiting]:
             actor.probed = now
             if not self._receiver.send(peer, Lease()):
                 self.lose(peer, "its connection is gone")

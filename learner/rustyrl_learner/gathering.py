@@ -1,0 +1,52 @@
+"""Copies of all worlds as they stand between two batches, for a checkpoint."""
+
+from __future__ import annotations
+
+import threading
+
+from rustyrl.wire import WorldState
+
+__all__ = ["Gathering", "KeptWorld"]
+
+KeptWorld = tuple[WorldState, bytes]  # a world's state as a message and its blob
+
+
+class Gathering:
+    """What the training thread asks for and the receive thread fills in.
+
+    batch: the worlds are to stand before this one
+    done: set when nothing more will come
+    """
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+        self.done = threading.Event()
+        self._found: dict[int, KeptWorld] = {}
+        self._awaited: dict[int, bytes] = {}  # worlds that are to come, and from whom
+
+    @property
+    def givers(self) -> set[bytes]:
+        """Who has not sent everything yet."""
+        return set(self._awaited.values())
+
+    def ask(self, peer: bytes, worlds: tuple[int, ...]) -> None:
+        """These worlds are to come from this actor."""
+        self._awaited |= dict.fromkeys(worlds, peer)
+
+    def take(self, peer: bytes, state: WorldState, blob: memoryview) -> bool:
+        """Take in a world; False if it is none that is awaited. One without a state is not waited for any more."""
+        if self._awaited.get(state.world) != peer or (state.arrays and state.next_batch != self.batch):
+            return False
+        self._awaited.pop(state.world, None)  # the other thread may have ended it just now
+        if state.arrays:
+            self._found[state.world] = (state, bytes(blob))
+        return True
+
+    def lose(self, peer: bytes) -> None:
+        """An actor is gone, and its worlds with it."""
+        self._awaited = {world: giver for world, giver in self._awaited.items() if giver != peer}
+
+    def end(self) -> dict[int, KeptWorld]:
+        """By world, what has come; no more is taken in."""
+        self._awaited = {}
+        return dict(self._found)
