@@ -18,10 +18,11 @@ from rustyrl.cluster_verbs import Json, RunOption, print_json
 from rustyrl.config import Layer, build_config, parse_assignments, read_config
 from rustyrl.doctor import examine
 from rustyrl.errors import RunFailedError, UsageError
-from rustyrl.launch import launch, resume_config, spare_learner
+from rustyrl.launch import launch, spare_learner
 from rustyrl.new import new_project
 from rustyrl.processes import actor_environment
 from rustyrl.progress import make_progress
+from rustyrl.resume import resume_config
 from rustyrl.run_folder import find_run
 
 __all__ = ["main"]

@@ -9,11 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from rustyrl.channels import loopback_address
 from rustyrl.condition import parse_condition
-from rustyrl.config import Config, PPOConfig, build_config, read_config
+from rustyrl.config import Config, PPOConfig
 from rustyrl.describe import describe
 from rustyrl.errors import RunFailedError, UsageError
 from rustyrl.figures import known_figures
@@ -22,14 +20,15 @@ from rustyrl.launcher import Launcher
 from rustyrl.processes import learner_environment
 from rustyrl.profiler import find_py_spy
 from rustyrl.progress import Progress, make_progress
+from rustyrl.resume import check_resume
 from rustyrl.rollout import array_bytes, rollout_arrays
 from rustyrl.run_folder import RunFolder, new_run_path
 from rustyrl.spare import Spare
-from rustyrl.spec import EnvironmentSpec, read_spec
+from rustyrl.spec import EnvironmentSpec
 from rustyrl.weights import check_squashable
 from rustyrl.wire import MAX_BLOB_BYTES
 
-__all__ = ["launch", "resume_config", "spare_learner", "train"]
+__all__ = ["launch", "spare_learner", "train"]
 
 
 def train(
@@ -73,7 +72,8 @@ def launch(
         profile: as of `train`.
         spare: of `spare_learner`.
     """
-    _check(config, spec, None if run is None else Path(run), resume)
+    _check(config, spec, resume)
+    changes = check_resume(Path(run), config, spec) if resume and run is not None else []
     if profile:
         find_py_spy()
     with (
@@ -83,6 +83,8 @@ def launch(
         try:
             _write_inputs(folder, config, spec)
             with progress:
+                for change in changes:
+                    progress.say(change)
                 launcher = Launcher(
                     config, spec, folder, progress, interrupts, resume=resume, profile=profile, spare=spare
                 )
@@ -117,7 +119,7 @@ def _write_inputs(folder: RunFolder, config: Config, spec: EnvironmentSpec) -> N
         raise UsageError(f"cannot write to the run folder {folder.path}: {error.strerror}") from None
 
 
-def _check(config: Config, spec: EnvironmentSpec, run: Path | None, resume: bool) -> None:
+def _check(config: Config, spec: EnvironmentSpec, resume: bool) -> None:
     """Refuse what is known to fail before any process or folder is made."""
     missing = [name for name in ("torch", "tensorboard") if importlib.util.find_spec(name) is None]
     if missing:
@@ -128,8 +130,6 @@ def _check(config: Config, spec: EnvironmentSpec, run: Path | None, resume: bool
         for condition in map(parse_condition, texts):
             if condition.metric not in known:
                 raise UsageError(f"{source} {condition}: {spec.env!r} has no such figure; it has {', '.join(known)}")
-    if resume and run is not None:
-        _check_resume(run, config, spec)
     _check_ppo(config.ppo, config.run.total_steps)
     _check_box(config, spec)
     slots = spec.slots * config.batch.worlds
@@ -175,33 +175,3 @@ def _check_box(config: Config, spec: EnvironmentSpec) -> None:
             check_squashable(part)
         except ValueError as error:
             raise UsageError(str(error)) from None
-
-
-def _check_resume(run: Path, config: Config, spec: EnvironmentSpec) -> None:
-    """Refuse what a checkpoint cannot go on with, before anything in its folder is touched."""
-    before = build_config(resume_config(run))
-    try:
-        trained_on = read_spec((run / "spec.json").read_bytes())
-    except (OSError, msgspec.DecodeError) as error:
-        raise UsageError(
-            f"{run} was not made by this version of rustyrl, and cannot be resumed by it ({error})"
-        ) from None
-    if trained_on.fingerprint != spec.fingerprint:
-        raise UsageError(
-            f"{run} was trained on {before.run.env} with {before.env or 'defaults'}, this is {config.run.env} with "
-            f"{config.env or 'defaults'}: resume with the same environment, or start from its policy with --init"
-        )
-    for key in ("hidden", "activation", "trunk", "normalize", "box"):
-        was, asked = getattr(before.policy, key), getattr(config.policy, key)
-        if was != asked:
-            raise UsageError(f"policy.{key} was {was!r} and is now {asked!r}; a resumed run keeps its networks")
-
-
-def resume_config(run: Path) -> dict[str, dict[str, Any]]:
-    """The configuration that a run folder was started with, as a layer."""
-    path = run / "config.toml"
-    if not path.exists():
-        raise UsageError(f"{run} holds no run to resume")
-    layer = read_config(path)
-    build_config(layer)
-    return layer

@@ -24,6 +24,7 @@ from rustyrl.logs import LogKeeper
 from rustyrl.processes import Child, await_end, start_child
 from rustyrl.profiler import Profiler
 from rustyrl.progress import Progress
+from rustyrl.resume import seconds_before
 from rustyrl.run_folder import ClusterFile, RunFolder, read_best
 from rustyrl.spare import Spare
 from rustyrl.spec import EnvironmentSpec
@@ -71,7 +72,10 @@ class Launcher:
         self._crew = Crew(config, folder, self._learner, progress, self._order, traced=profile)
         self._judge = Judge(config, goal_conditions(config.run, spec), folder.path / "logs" / "evaluate.log")
         self._judge.best = read_best(folder.path) if resume else None
-        self._board = StatusBoard(folder.path, config, spec, self._learner, self._crew.supervisor, self._judge)
+        before_s = seconds_before(folder.path) if resume else 0.0
+        self._board = StatusBoard(
+            folder.path, config, spec, self._learner, self._crew.supervisor, self._judge, before_s
+        )
         self._profiler = Profiler(folder.path / "profile", progress.say) if profile else None
         self._logs = LogKeeper(folder.path / "logs")
         self._state = "starting"

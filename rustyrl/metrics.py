@@ -53,7 +53,11 @@ def _percent(samples: Callable[[Status], Samples]) -> Callable[[Status], Samples
 
 FIGURES = (
     Figure("state", "1 for the state that the run is in", lambda s: [({"state": k}, k == s["state"]) for k in STATES]),
-    Figure("run_seconds", "since the run was started", single("seconds")),
+    Figure(
+        "run_seconds",
+        "that the run has taken, up to the checkpoint that it was resumed from included",
+        single("seconds"),
+    ),
     Figure("learner_up", "whether the learner's process runs", single("learner", "running")),
     Figure("learner_restarts_total", "learners that followed a dead one", single("learner", "restarts")),
     Figure("policy_version", "updates that made the newest policy", single("learner", "version")),
@@ -70,7 +74,11 @@ FIGURES = (
     Figure("learner_memory_bytes", "resident memory of the learner", single("learner", "memory_bytes")),
     Figure("worlds", "worlds of the run", single("worlds")),
     Figure("worlds_moved_total", "moves of a world to another actor", single("worlds_moved")),
-    Figure("worlds_restarted_total", "those of them that began new episodes", single("worlds_restarted")),
+    Figure(
+        "worlds_restarted_total",
+        "worlds that began new episodes, moved or resumed without their state",
+        single("worlds_restarted"),
+    ),
     Figure("actors", "actors that are ready", lambda s: [({}, sum(row["ready"] for row in s["actors"]))]),
     Figure("actors_wanted", "actors that this machine is to have", single("actors_wanted")),
     Figure("actor_restarts_total", "actors that followed a dead one", single("actor_restarts")),

@@ -38,7 +38,19 @@ class StatusBoard:
         learner: LearnerKeeper,
         supervisor: Supervisor,
         judge: Judge,
+        before_s: float = 0.0,
     ) -> None:
+        """Begin to gather.
+
+        Args:
+            run: the run folder.
+            config: of the run.
+            spec: what is trained.
+            learner: and its report.
+            supervisor: of the actors of this machine.
+            judge: of versions.
+            before_s: that a resumed run had taken by its checkpoint.
+        """
         self._run = run
         self._config = config
         self._spec = spec
@@ -47,7 +59,7 @@ class StatusBoard:
         self._judge = judge
         self._usage = Usage()
         self._host = socket.gethostname()
-        self._started = time.monotonic()
+        self._started = time.monotonic() - before_s
         self._rates = Rates()
         self._holdups = HoldUps()
         self._curve: list[tuple[int, float]] = []
@@ -59,7 +71,7 @@ class StatusBoard:
 
     @property
     def seconds(self) -> float:
-        """Since the run was started."""
+        """That the run has taken; of a resumed one the time up to its checkpoint is a part."""
         return time.monotonic() - self._started
 
     def take_report(self, report: dict[str, Any]) -> None:

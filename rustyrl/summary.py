@@ -33,7 +33,7 @@ def summarize(
     Args:
         env: what was trained.
         run: its folder.
-        seconds: from its start to its end.
+        seconds: that it took, up to the checkpoint that it was resumed from included.
         policy_version: the one that is kept.
         stopped_by: goal, budget, or who wanted it.
         evaluation: of that policy, None if there was none.
@@ -57,6 +57,7 @@ def summarize(
         "eval": evaluation,
         "tickets": report.get("tickets", {}),
         "tickets_before": learner.past,
+        "worlds_restarted": report.get("worlds_restarted", 0),
         "learner_restarts": learner.restarts,
         "actor_restarts": actor_restarts,
         "findings": list(learner.findings.values()),

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+import msgspec
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from rustyrl.config import PPOConfig
+from rustyrl.config import PPOConfig, build_config, read_config
 from rustyrl.errors import RunFailedError
-from rustyrl.spec import ActionSpec, ArraySpec
+from rustyrl.spec import ActionSpec, ArraySpec, read_spec
 from rustyrl.weights import PolicySpec
+from rustyrl.wire import StateArray, decode_world_state, encode_world_state
 from rustyrl_learner import checkpoint
 from rustyrl_learner.adam import Adam
 from rustyrl_learner.checkpoint import Counters, list_checkpoints, load_newest, prune, save
+from rustyrl_learner.checkpoint_keeper import describe_resume
+from rustyrl_learner.gathering import KeptWorld
 from rustyrl_learner.network import ActorCritic
 from rustyrl_learner.ppo import TrainingBatch, ppo_update
+from rustyrl_learner.training import Training as WholeTraining
 
 FINGERPRINT = "0123456789abcdef"
-FILES = ("learner.safetensors", "manifest.json", "manifest.sha256", "policy.safetensors")
+DTypes = get_type_hints(StateArray)["dtype"]
+FILES = ("learner.safetensors", "manifest.json", "manifest.sha256", "policy.safetensors", "worlds.safetensors")
+OF_FORMAT_1 = Path(__file__).parent / "data" / "run-of-format-1"
 CONFIG = PPOConfig(epochs=2, minibatch_size=16)
 
 
@@ -32,15 +42,33 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def write(folder: Path, version: int, fingerprint: str = FINGERPRINT) -> Path:
     """A checkpoint whose every number is its version."""
     counters = Counters(policy_version=version, steps=100 * version, seconds=0.5 * version, learning_rate=1e-3)
-    return save(folder, counters, b"policy %d" % version, {"x": torch.full((4,), float(version))}, fingerprint, 2)
+    tensors = {"x": torch.full((4,), float(version))}
+    worlds = {world: kept_world(world, version) for world in (0, 3)}
+    return save(folder, counters, b"policy %d" % version, tensors, fingerprint, 2, worlds)
+
+
+def kept_world(world: int, batch: int) -> KeptWorld:
+    """A world as its owner sends it, with arrays of every kind."""
+    arrays: dict[str, Any] = {name: np.arange(batch, batch + 3).astype(name) for name in get_args(DTypes)}
+    arrays |= {"own/elapsed": np.array(7 * batch), "none": np.zeros((0, 2), np.float32)}
+    return encode_world_state(world, batch, world + 1, arrays)
 
 
 def loaded_version(folder: Path) -> int:
     """Which checkpoint is believed, and that it is all of one piece."""
     loaded = load_newest(folder, FINGERPRINT)
     assert loaded is not None
-    manifest, tensors, path, _ = loaded
+    manifest, tensors, path, worlds = loaded
     version = manifest.counters.policy_version
+    assert worlds.keys() == {0, 3}
+    for world, (state, blob) in worlds.items():
+        expected, its_blob = kept_world(world, version)
+        assert (state.world, state.next_batch, state.built) == (world, version, world + 1)
+        found, arrays = (decode_world_state(s, memoryview(b)) for s, b in ((state, blob), (expected, its_blob)))
+        assert found.keys() == arrays.keys()
+        for name, array in arrays.items():
+            assert found[name].dtype == array.dtype
+            np.testing.assert_array_equal(found[name], array)
     assert manifest.counters == Counters(version, 100 * version, 0.5 * version, 1e-3)
     assert tensors["x"].tolist() == [float(version)] * 4
     assert int(path.name) == version
@@ -70,6 +98,51 @@ def test_a_checkpoint_round_trips(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor), name
+
+
+def test_one_without_worlds_has_no_file_for_them(tmp_path: Path) -> None:
+    path = save(tmp_path, Counters(policy_version=4), b"", {}, FINGERPRINT, 0, {})
+    assert {file.name for file in path.iterdir()} == {*FILES} - {"worlds.safetensors"}
+    loaded = load_newest(tmp_path, FINGERPRINT)
+    assert loaded is not None
+    assert loaded.worlds == {}
+
+
+def test_a_number_that_is_not_finite_is_refused_but_where_it_means_nothing(tmp_path: Path) -> None:
+    tensors = {"episodes.arrival_s": torch.tensor([1.0, math.nan])}
+    save(tmp_path, Counters(policy_version=4), b"", tensors, FINGERPRINT, 0)
+    with pytest.raises(ValueError, match=r"network\.0 is not finite"):
+        save(tmp_path, Counters(policy_version=5), b"", {"network.0": torch.tensor([math.nan])}, FINGERPRINT, 0)
+    assert [int(path.name) for path in list_checkpoints(tmp_path)] == [4]
+
+
+def test_one_of_format_1_loads(tmp_path: Path) -> None:
+    """It was written by the version before there were worlds in checkpoints."""
+    config = build_config(read_config(OF_FORMAT_1 / "config.toml"))
+    spec = read_spec((OF_FORMAT_1 / "spec.json").read_bytes())
+    loaded = load_newest(OF_FORMAT_1 / "checkpoints", spec.fingerprint)
+    assert loaded is not None
+    assert (loaded.manifest.format, loaded.worlds) == (1, {})
+    assert loaded.manifest.counters.policy_version == 4
+    training = WholeTraining(config, spec, torch.device("cpu"))
+    training.set_state(loaded.tensors)
+    assert training.weights() == (loaded.path / "policy.safetensors").read_bytes()
+    said = describe_resume(loaded, config)
+    assert (
+        said
+        == "going on from version 4; 2 of 2 worlds begin new episodes: its checkpoint has format 1, which held none"
+    )
+
+
+def test_one_of_a_newer_format_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    path = write(tmp_path, 2)
+    manifest = msgspec.json.encode({"format": 3, "rustyrl": "7.8", "counters": "of another kind"})
+    (path / "manifest.json").write_bytes(manifest)
+    (path / "manifest.sha256").write_bytes(hashlib.sha256(manifest).hexdigest().encode())
+    with pytest.raises(RunFailedError, match=r"000000002 has format 3.*up to 2.*wrote it, 7\.8.*--init"):
+        load_newest(tmp_path, FINGERPRINT)
+    assert [int(path.name) for path in list_checkpoints(tmp_path)] == [1, 2]  # it is not put aside
 
 
 def test_a_checkpoint_holds_these_files(tmp_path: Path) -> None:
@@ -149,6 +222,23 @@ def test_a_truncated_file_falls_back_to_the_checkpoint_before(
         put_back(path)
     (path / name).write_bytes(whole + b"\0")
     assert loaded_version(tmp_path) == 1
+
+
+def test_flipped_at_random_places_no_damage_goes_unseen(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    write(tmp_path, 1)
+    path = write(tmp_path, 2)
+    for _ in range(200):
+        name = FILES[rng.integers(len(FILES))]
+        whole = (path / name).read_bytes()
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        cut = int(rng.integers(1, len(whole))) if rng.random() < 0.3 else len(whole)
+        (path / name).write_bytes(damaged[:cut])
+        assert loaded_version(tmp_path) == 1, name
+        put_back(path)
+        (path / name).write_bytes(whole)
+    assert loaded_version(tmp_path) == 2
 
 
 def test_a_missing_file_falls_back_to_the_checkpoint_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

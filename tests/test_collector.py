@@ -26,16 +26,19 @@ from rustyrl.wire import (
     Ready,
     Refusal,
     Rejoin,
+    Snapshot,
     TicketMessage,
     WeightsHeader,
     Welcome,
     WorldState,
     encode_message,
     encode_rollout,
+    encode_world_state,
 )
 from rustyrl_learner import collector as collector_module
 from rustyrl_learner import roster
 from rustyrl_learner.collector import Collector
+from rustyrl_learner.gathering import Gathering, KeptWorld
 from rustyrl_learner.network import ActorCritic, export_weights
 
 LAYERS = {
@@ -642,3 +645,135 @@ def test_when_the_receive_thread_breaks_actors_wait_for_another_learner(patient,
         with pytest.raises(ZeroDivisionError):
             thread.next_batch(10.0)
         peer.nothing_while(thread._thread)
+
+
+# Worlds for checkpoints, and from them
+
+
+def kept(world: int, batch: int, size: int = 3) -> KeptWorld:
+    return encode_world_state(world, batch, 1, {"world.x": np.full(size, 10.0 * world)})
+
+
+def send_copies(peer: Peer, batch: int, *, but: int = -1) -> None:
+    """Answer the request for copies; one world without a state, if so wished."""
+    for world in peer.next(Snapshot).worlds:
+        state, blob = kept(world, batch)
+        peer.link.send(*((WorldState(world, 0, 0, ()), b"") if world == but else (state, blob)))
+
+
+def one_batch(thread: Collector, *peers: Peer) -> None:
+    """The first batch comes in, and is not answered yet."""
+    for peer in peers:
+        peer.answer(peer.ticket())
+    assert thread.next_batch(10.0) is not None
+
+
+def test_all_worlds_are_copied_by_their_owners(collector):
+    thread, receiver = collector
+    peer = Peer(receiver.address, 0, 1)
+    with peer.link:
+        peer.ready()
+        one_batch(thread, peer)
+        gathering = thread.gather(1)
+        send_copies(peer, 1)
+        assert gathering.done.wait(10.0)
+        assert gathering.end() == {0: kept(0, 1), 1: kept(1, 1)}
+
+
+def test_a_world_without_a_state_is_not_waited_for(collector):
+    thread, receiver = collector
+    peer = Peer(receiver.address, 0, 1)
+    with peer.link:
+        peer.ready()
+        one_batch(thread, peer)
+        gathering = thread.gather(1)
+        send_copies(peer, 1, but=0)
+        assert gathering.done.wait(10.0)
+        assert gathering.end().keys() == {1}
+
+
+def test_the_worlds_of_an_actor_that_dies_are_not_waited_for(tmp_path):
+    receiver = RolloutReceiver(f"ipc://{tmp_path}/link")
+    thread = Collector(receiver, SPEC, CONFIG, 0, 2, 0, WEIGHTS, pin=False)
+    thread.start()
+    first, second = (Peer(receiver.address, index, index + 1) for index in range(2))
+    with first.link, second.link:
+        first.ready()
+        second.ready()
+        one_batch(thread, first, second)
+        gathering = thread.gather(1)
+        send_copies(first, 1)
+        assert second.next(Snapshot).worlds == (1,)
+        assert not gathering.done.wait(0.2)
+        thread.report_death(101)
+        assert gathering.done.wait(10.0)
+        assert gathering.end().keys() == {0}
+    thread.close()
+
+
+def test_a_copy_of_another_batch_or_from_another_actor_is_not_taken() -> None:
+    gathering = Gathering(5)
+    gathering.ask(b"a", (0, 1))
+    for peer, world, batch in ((b"a", 0, 4), (b"b", 0, 5), (b"a", 2, 5)):
+        state, blob = kept(world, batch)
+        assert not gathering.take(peer, state, memoryview(blob))
+    state, blob = kept(0, 5)
+    assert gathering.take(b"a", state, memoryview(blob))
+    assert gathering.end() == {0: kept(0, 5)}
+    state, blob = kept(1, 5)
+    assert not gathering.take(b"a", state, memoryview(blob))  # it is over
+
+
+def test_when_the_receive_thread_breaks_nobody_waits_for_copies(patient, monkeypatch):
+    thread, receiver = patient
+    peer = Peer(receiver.address, 0, 1)
+    with peer.link:
+        peer.ready()
+        one_batch(thread, peer)
+        gathering = thread.gather(1)
+        peer.next(Snapshot)
+        monkeypatch.setattr(thread, "_check_start", lambda _: 1 / 0)
+        assert gathering.done.wait(10.0)
+        with pytest.raises(ZeroDivisionError):
+            thread.next_batch(10.0)
+
+
+def test_worlds_of_a_checkpoint_come_ahead_of_the_first_ticket_that_names_them(tmp_path):
+    receiver = RolloutReceiver(f"ipc://{tmp_path}/link")
+    worlds = {1: kept(1, 7), 5: kept(5, 7)}  # the run has two worlds now
+    thread = Collector(receiver, SPEC, CONFIG, 0, 1, 7, WEIGHTS, pin=False, worlds=worlds)
+    thread.start()
+    peer = Peer(receiver.address, 0, 1)
+    with peer.link:
+        peer.ready()
+        assert peer.next(WorldState) == kept(1, 7)[0]
+        ticket = peer.ticket()
+        assert (ticket.batch, ticket.worlds) == (7, (0, 1))
+        poll(lambda: thread.snapshot()["worlds_restarted"] == 1, "world 0 to be counted")
+        peer.answer(ticket)
+        buffer = thread.next_batch(10.0)
+        thread.publish(buffer, 8, WEIGHTS)
+        assert peer.ticket().batch == 8  # and no world again
+    thread.close()
+
+
+def test_more_worlds_than_a_queue_has_room_for_all_come_and_then_the_ticket(tmp_path):
+    """Each is a message, and their actor builds them one by one."""
+    count = 1500
+    config = replace(CONFIG, batch=replace(CONFIG.batch, worlds=count, unroll_length=1))
+    receiver = RolloutReceiver(f"ipc://{tmp_path}/link")
+    worlds = {world: kept(world, 7, 1000) for world in range(count)}
+    thread = Collector(receiver, SPEC, config, 0, 1, 7, WEIGHTS, pin=False, worlds=worlds)
+    thread.start()
+    peer = Peer(receiver.address, 0, 1)
+    with peer.link:
+        peer.ready()
+        poll(lambda: thread.snapshot()["tickets"]["outstanding"] == 1, "the ticket")
+        assert thread._outbox.peers  # it reads nothing yet, and is not given up for that
+        turn(thread)
+        for world in range(count):
+            assert peer.next(WorldState).world == world
+        assert peer.ticket().worlds == tuple(range(count))
+        poll(lambda: not thread._outbox.peers, "an empty outbox")
+        assert indices(thread) == [0]
+    thread.close()

@@ -98,6 +98,25 @@ def test_a_world_that_moves_goes_on_in_the_same_bits(env: str, config: dict[str,
         fleet.close()
 
 
+@pytest.mark.parametrize("env", ["cartpole", "drone-object"])
+def test_a_world_that_is_copied_stays_as_it_is(env: str, link: RolloutSender) -> None:
+    crew = Crew(env, {"slots": 2}, link)
+    stays, copied, takes = crew.fleet(), crew.fleet(), crew.fleet()
+    for batch in range(4):
+        expected = crew.columns(crew.answer(stays, batch, 1))
+        twins = [copied] if batch < 2 else [copied, takes]
+        for fleet in twins:
+            found = crew.columns(crew.answer(fleet, batch, 1))
+            for name, array in expected.items():
+                np.testing.assert_array_equal(found[name], array, err_msg=f"{name} of batch {batch}")
+        if batch == 1:
+            assert copied.copy(1) == copied.copy(1)
+            takes.take(*sent(*copied.copy(1)))
+    assert not copied.copy(7)[0].arrays  # which it never had
+    for fleet in (stays, copied, takes):
+        fleet.close()
+
+
 def test_what_cannot_be_saved_or_does_not_fit_begins_anew(
     link: RolloutSender, caplog: pytest.LogCaptureFixture
 ) -> None:

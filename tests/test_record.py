@@ -102,6 +102,22 @@ def test_a_metric_that_means_nothing_in_any_episode_is_left_out() -> None:
     assert set(window.figures()) == {"episodes", *EPISODE_FIGURES, "success_rate"}
 
 
+def test_a_window_goes_on_from_its_columns() -> None:
+    straight, resumed_one = EpisodeWindow(SPEC), EpisodeWindow(SPEC)
+    assert EpisodeWindow(SPEC).columns() == {}
+    resumed_one.set_columns({})
+    assert resumed_one.figures() == {}
+    rng = np.random.default_rng(0)
+    straight.add(episodes_of(rng, 190))
+    resumed_one.set_columns({name: column.copy() for name, column in straight.columns().items()})
+    assert resumed_one.figures() == straight.figures()
+    more = episodes_of(rng, 30)
+    for window in (straight, resumed_one):
+        window.add(more)
+    assert resumed_one.figures() == straight.figures()
+    assert resumed_one.figures()["episodes"] == WINDOW
+
+
 @contextmanager
 def log_of(run: Path, after_version: int = 0) -> Iterator[MetricsLog]:
     log = MetricsLog(run, after_version)
@@ -209,6 +225,22 @@ def test_tensorboard_shows_no_update_twice_after_a_resume(tmp_path: Path) -> Non
     with log_of(tmp_path, 2) as log:
         log.write(row(3, return_mean=-7.0))
     assert scalars_in(tmp_path)["return_mean"] == [(100, 0.5), (200, 1.0), (300, -7.0)]
+
+
+def test_tensorboard_begins_anew_where_no_row_is_left(tmp_path: Path) -> None:
+    with log_of(tmp_path) as log:
+        log.write({**row(1), "steps": 0})  # a warm-up
+        log.write(row(2))
+    with log_of(tmp_path, 0) as log:
+        log.write({**row(1, return_mean=-7.0), "steps": 0})
+    assert scalars_in(tmp_path)["return_mean"] == [(0, -7.0)]
+
+
+def test_bytes_that_are_no_text_are_cut_like_a_torn_line(tmp_path: Path) -> None:
+    write_rows(tmp_path, 1, 2)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe{")
+    assert resumed(tmp_path, 2) == [1, 2, 3]
 
 
 class FullDisk:

@@ -93,6 +93,15 @@ def test_before_the_first_report_nothing_is_known(board):
     assert board.board.view("starting").learner == {}
 
 
+def test_the_time_of_a_resumed_run_goes_on(board, tmp_path):
+    other = StatusBoard(
+        tmp_path, build_config(LIMITS), SPEC, board.keeper, board.supervisor, board.judge, before_s=50.0
+    )
+    board.clock.now += 4.0
+    assert (board.board.seconds, other.seconds) == (4.0, 54.0)
+    assert (board.board.view("running").left, other.view("running").left) == ("56 s", "6 s")
+
+
 def test_the_share_of_waiting_is_that_of_recent_updates(board):
     board.report(1.0, 0, 0.0)
     board.report(1.0, 1, 9.0)  # it waited for the actors to start

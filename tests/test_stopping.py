@@ -66,6 +66,7 @@ def test_nothing_survives_a_killed_launcher(start):
     again = start("train", "--resume", "--set", "run.eval_episodes=5", "--total-steps", "1", run=cluster.run)
     code, _, err = again.wait()  # the folder is free again, its stale sockets are no obstacle
     assert code == 0, err
+    assert "4 of 4 worlds begin new episodes: at a policy lag of 1 worlds run ahead of checkpoints" in err
 
 
 @pytest.mark.faults

@@ -148,6 +148,9 @@ def test_resume_goes_on_from_the_checkpoint_without_doubles(start, finished, tmp
     code, out, err = again.wait()
     assert code == 0, err
     assert json.loads(out)["steps"] >= 3000
+    assert "changed: run.total_steps is 3000 and was 2000" in err
+    assert "with the running episodes of all worlds (4)" in err
+    assert json.loads(out)["worlds_restarted"] == 0
     rows = again.rows()
     assert rows[: len(before)] == before
     versions = [row["policy_version"] for row in rows]

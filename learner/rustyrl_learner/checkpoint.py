@@ -28,14 +28,14 @@ from rustyrl.errors import RunFailedError
 from rustyrl_learner.gathering import KeptWorld
 from rustyrl_learner.kept_worlds import pack_worlds, unpack_worlds
 
-__all__ = ["WINDOW", "Counters", "Loaded", "Manifest", "list_checkpoints", "load_newest", "prune", "save"]
+__all__ = ["EPISODES", "Counters", "Loaded", "Manifest", "list_checkpoints", "load_newest", "prune", "save"]
 
 log = logging.getLogger(__name__)
 
 DAMAGED = "damaged-"  # before the name of a checkpoint that was put aside
 FORMAT = 2  # 1 had no worlds and no episodes
 WORLDS = "worlds.safetensors"
-WINDOW = "window."  # tensors of training episodes, which report NaN where a number means nothing
+EPISODES = "episodes."  # tensors of training episodes, which report NaN where a number means nothing
 
 
 class Counters(msgspec.Struct, frozen=True):
@@ -96,7 +96,7 @@ def save(
         ValueError: a tensor holds numbers that are not finite, so that nothing could go on from it.
     """
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not name.startswith(WINDOW) and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not name.startswith(EPISODES) and not tensor.isfinite().all():
             raise ValueError(f"{name} is not finite")
     target = folder / f"{counters.policy_version:09d}"
     if target.exists():

@@ -16,11 +16,13 @@ class Gathering:
 
     batch: the worlds are to stand before this one
     done: set when nothing more will come
+    stateless: whether a world came without a state, as those do that cannot save
     """
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
         self.done = threading.Event()
+        self.stateless = False
         self._found: dict[int, KeptWorld] = {}
         self._awaited: dict[int, bytes] = {}  # worlds that are to come, and from whom
 
@@ -38,6 +40,7 @@ class Gathering:
         if self._awaited.get(state.world) != peer or (state.arrays and state.next_batch != self.batch):
             return False
         self._awaited.pop(state.world, None)  # the other thread may have ended it just now
+        self.stateless = self.stateless or not state.arrays
         if state.arrays:
             self._found[state.world] = (state, bytes(blob))
         return True

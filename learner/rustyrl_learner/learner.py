@@ -28,7 +28,8 @@ from rustyrl.stages import Stages
 from rustyrl_learner import checkpoint
 from rustyrl_learner.advantage import batch_figures, training_batch, uses_vtrace
 from rustyrl_learner.batch import Batch
-from rustyrl_learner.checkpoint import WINDOW, Counters, Loaded
+from rustyrl_learner.checkpoint import EPISODES, Counters
+from rustyrl_learner.checkpoint_keeper import CheckpointKeeper, describe_resume
 from rustyrl_learner.checkpoint_writer import CheckpointWriter, Written
 from rustyrl_learner.collector import Collector
 from rustyrl_learner.device import choose_device, gpu_figures
@@ -50,11 +51,7 @@ WAIT_S = 0.1  # how long the training thread waits for a batch before it looks a
 REPORT_S = 0.2
 MAX_CANDIDATES = 2  # versions waiting for their evaluation before training waits for the oldest
 SAVE_S = 60.0  # how long the last checkpoint may take; the launcher is less patient
-GATHER_S = 10.0  # how long actors may take to send copies of their worlds
 EDGE_SHARE = 0.4  # of the grace of a stop, cluster.stop_s: to come to the next batch edge; then comes the writing
-EDGE_S = 5.0  # how long who asks for a checkpoint waits for the next batch edge
-BEHIND_S = 60.0  # of training that a stop gives up at most so that what follows is in the same bits
-SLOW_S = 10.0  # of writing a checkpoint, after which it is said
 MIN_EPISODES = 20  # before training figures say anything about the goal
 
 
@@ -86,16 +83,7 @@ class Learner:
         self._stop_reason: str | None = None
         self._paused = False
         self._stop_by = float("inf")  # until when a stop waits for a batch edge
-        self._asked_at: float | None = None  # when somebody asked for a checkpoint that was not begun yet
-        self._asked: set[int] = set()  # versions whose checkpoint somebody waits for
-        self._saved_at = -float("inf")  # the first update of a learner is kept at once: its successor begins there
         self._unlogged = False  # the newest row of metrics could not be written
-        self._edge_worlds: Mapping[int, KeptWorld] = {}  # as they stand before the next batch, until that is taken
-        self._keeps_worlds = False  # whether they could be had when they were asked for last
-        self._asked_worlds = False  # whether they ever were
-        self._exact: Counters | None = None  # of the newest checkpoint that holds every world
-        self._slow_said = False
-        self._unsaved = ""  # why the newest checkpoint could not be written
         self._trace = None if profile is None else UpdateTrace(profile)
         self._stages = Stages()
         self._stages_s: dict[str, float] = {}
@@ -114,12 +102,13 @@ class Learner:
         self._device = choose_device(config.run.device)
         self._training = Training(config, spec, self._device)
         self._counters = Counters(learning_rate=config.ppo.learning_rate)
+        folder, kept = run / "checkpoints", config.run.checkpoints_kept
+        self._keeper = CheckpointKeeper(config, CheckpointWriter(folder, kept, spec.fingerprint, incarnation))
         worlds = self._resume() if resume else None
         if worlds is None and config.run.init:
             self._training.start_from(Path(config.run.init))
         self._diagnosis = Diagnosis(spec, config, self._counters.policy_version)
         self._log = MetricsLog(run, self._counters.policy_version)
-        self._writer = CheckpointWriter(run / "checkpoints", config.run.checkpoints_kept, spec.fingerprint, incarnation)
         self._receiver = RolloutReceiver(listen)
         self._collector = Collector(
             self._receiver,
@@ -169,7 +158,7 @@ class Learner:
             self._trace.close()
             if self._trace.problem:
                 self._say(self._trace.problem)
-        self._writer.close(SAVE_S)
+        self._keeper.writer.close(SAVE_S)
         self._log.close()
         return self._figures(snapshot)
 
@@ -184,7 +173,7 @@ class Learner:
         stages, training = self._stages, self._training
         with stages("wait"):
             buffer = self._next_batch()
-        self._edge_worlds = {}
+        self._keeper.leave_edge()
         with stages("batch"):
             batch, episodes = buffer.to_device(self._device), buffer.episodes()
         warm_up = training.warming_up
@@ -212,10 +201,10 @@ class Learner:
         with stages("export"):
             weights = training.weights()
         candidate = self._counters.policy_version % self._config.run.eval_every == 0 and self._near_goal()
-        due = candidate or self._asked_at is not None or self._checkpoint_is_due()
+        due = candidate or self._keeper.is_due(self._counters.policy_version, self._say)
         if due or self._stop_reason is not None or self._finished() is not None:
             with stages("checkpoint"):
-                self._gather_worlds()
+                self._keeper.gather(lambda: self._collector.gather(self._counters.policy_version), self._hear_orders)
         with stages("publish"):
             actor_s, receive_s, actors = buffer.actor_stage_s(), buffer.receive_s, len(buffer.answers)
             rejected = "warm-up" if warm_up else None
@@ -253,7 +242,7 @@ class Learner:
         while True:
             self._follow_orders()
             held = self._paused or len(self._candidates) >= MAX_CANDIDATES
-            if self._asked_at is not None and (held or not self._edge_is_near(self._asked_at)):
+            if self._keeper.is_asked(held=held):
                 self._begin_checkpoint()
             if not held or self._stop_reason is not None:
                 buffer = self._collector.next_batch(WAIT_S)
@@ -263,15 +252,11 @@ class Learner:
                 self._held = True
                 time.sleep(WAIT_S / 10)
 
-    def _edge_is_near(self, since: float) -> bool:
-        """Whether a checkpoint is better written at the next batch edge, with all worlds."""
-        return self._keeps_worlds and not self._edge_worlds and time.monotonic() - since < EDGE_S
-
     def _finished(self) -> str | None:
         limit = self._config.run.total_steps
         if limit and self._counters.steps >= limit:
             return "total_steps"
-        return self._stop_reason if self._edge_worlds else None  # a stop that waited for the edge
+        return self._stop_reason if self._keeper.at_edge else None  # a stop that waited for the edge
 
     def _progress(self) -> float:
         """How much of the run's steps is trained; 0 where there is no limit."""
@@ -313,62 +298,25 @@ class Learner:
         enough = figures.get("episodes", 0) >= MIN_EPISODES
         return bool(self._conditions) and enough and meets(self._conditions, figures)
 
-    def _checkpoint_is_due(self) -> bool:
-        """Whether it is time for one; writing takes at most a twentieth of the time of its thread.
-
-        A disk that is slower than training gets fewer.
-        """
-        run, writer = self._config.run, self._writer
-        every_s = max(run.checkpoint_every_s, 20 * writer.write_s)
-        due = self._counters.policy_version % run.checkpoint_every == 0 or time.monotonic() - self._saved_at > every_s
-        if due and writer.writing_s > SLOW_S and not self._slow_said:
-            self._slow_said = True
-            self._say(
-                f"the disk is slow: a checkpoint has been written for {writer.writing_s:.0f} s; training goes on, and "
-                "the next one is written after that"
-            )
-        return due and not writer.busy
-
-    def _gather_worlds(self) -> None:
-        """Have copies of all worlds between two batches: only without a lag do they all stand there together."""
-        if self._config.batch.max_policy_lag or (self._asked_worlds and not self._keeps_worlds):
-            return
-        gathering = self._collector.gather(self._counters.policy_version)
-        deadline = min(time.monotonic() + GATHER_S, self._stop_by)
-        while not gathering.done.wait(WAIT_S) and time.monotonic() < deadline:
-            self._hear_orders()
-            deadline = min(deadline, self._stop_by)
-        self._edge_worlds = gathering.end()
-        self._asked_worlds, self._keeps_worlds = gathering.done.is_set(), bool(self._edge_worlds)
-
     def _begin_checkpoint(self) -> None:
         """Have the state of this version written."""
-        if self._asked_at is not None:
-            self._asked_at = None
-            self._asked.add(self._counters.policy_version)
         with self._stages("checkpoint"):
             protected = {*self._candidates, *([] if self._best is None else [self._best])}
-            self._saved_at = time.monotonic()
-            state = {**self._training.state(), **self._window_tensors()}
-            self._writer.begin(self._counters, self._training.weights(), state, protected, self._edge_worlds)
+            state = {**self._training.state(), **self._episode_tensors()}
+            self._keeper.begin(self._counters, self._training.weights(), state, protected)
 
-    def _window_tensors(self) -> dict[str, Tensor]:
-        return {f"{WINDOW}{name}": torch.from_numpy(column) for name, column in self._window.columns().items()}
+    def _episode_tensors(self) -> dict[str, Tensor]:
+        return {f"{EPISODES}{name}": torch.from_numpy(column) for name, column in self._window.columns().items()}
 
     def _end_checkpoint(self, written: Written) -> None:
         """Tell the launcher of one that was written, or could not be."""
         version = written.version
-        asked = version in self._asked
-        self._asked.discard(version)
+        asked = self._keeper.note(written)
         if written.path is None:
-            self._unsaved = written.problem
             self._say(f"the checkpoint of version {version} could not be written: {written.problem}")
             if version in self._candidates:
                 self._candidates.remove(version)
         else:
-            self._unsaved = ""
-            if written.worlds == self._config.batch.worlds:
-                self._exact = written.counters
             if version in self._candidates:
                 policy = str(written.path / "policy.safetensors")
                 self._control.send({"kind": "candidate", "version": version, "policy": policy})
@@ -382,33 +330,28 @@ class Learner:
 
         Args:
             exact: leave the newest checkpoint with every world as the newest, if the end is not at a batch edge, so
-                that what goes on from there comes to the same bits; not if that gives up more than `BEHIND_S`.
+                that what goes on from there comes to the same bits; not if that gives up much training.
 
         Raises:
             RunFailedError: it could not be written.
         """
-        if not (exact and self._stays_behind()):
+        again = self._keeper.stays_behind(self._counters) if exact else None
+        if again is None:
             self._begin_checkpoint()
-        deadline = time.monotonic() + SAVE_S
-        while self._writer.busy and time.monotonic() < deadline:
-            for written in self._writer.ended(WAIT_S):
-                self._end_checkpoint(written)
-        if self._writer.busy:
-            raise RunFailedError(f"the last checkpoint was not written within {SAVE_S:.0f} s")
-        if self._unsaved:
-            raise RunFailedError(f"the last checkpoint could not be written: {self._unsaved}")
-
-    def _stays_behind(self) -> bool:
-        """Whether the newest exact checkpoint is to be the last, and say so."""
-        now, kept = self._counters, self._exact
-        if self._edge_worlds or not self._keeps_worlds or kept is None or now.seconds - kept.seconds > BEHIND_S:
-            return False
-        if again := now.policy_version - kept.policy_version:
+        elif again:
             self._say(
-                f"the batch that was under way could not be ended in time: the newest checkpoint stays version "
-                f"{kept.policy_version}, from which a resumed run does {again} updates again, to the same bits"
+                "the batch that was under way could not be ended in time: the newest checkpoint stays version "
+                f"{self._counters.policy_version - again}, from which a resumed run does {again} updates again, to the "
+                "same bits"
             )
-        return True
+        deadline = time.monotonic() + SAVE_S
+        while self._keeper.writer.busy and time.monotonic() < deadline:
+            for written in self._keeper.writer.ended(WAIT_S):
+                self._end_checkpoint(written)
+        if self._keeper.writer.busy:
+            raise RunFailedError(f"the last checkpoint was not written within {SAVE_S:.0f} s")
+        if self._keeper.problem:
+            raise RunFailedError(f"the last checkpoint could not be written: {self._keeper.problem}")
 
     def _say(self, message: str) -> None:
         """Have the launcher show something."""
@@ -427,15 +370,13 @@ class Learner:
             self._training.set_state(loaded.tensors)
         except RuntimeError as error:
             raise UsageError(f"{loaded.path} holds other networks than the configuration describes: {error}") from None
-        episodes = {n.removeprefix(WINDOW): t for n, t in loaded.tensors.items() if n.startswith(WINDOW)}
+        episodes = {n.removeprefix(EPISODES): t for n, t in loaded.tensors.items() if n.startswith(EPISODES)}
         self._window.set_columns({name: tensor.numpy() for name, tensor in episodes.items()})
         self._counters = loaded.manifest.counters
         self._lags.update(self._counters.lag_steps)
         best = read_best(self._run_folder)
         self._best = best.version if best else None
-        if len(loaded.worlds) == self._config.batch.worlds:
-            self._exact = self._counters
-        self._keeps_worlds = bool(loaded.worlds) and not self._config.batch.max_policy_lag
+        self._keeper.take_up(loaded)
         log.info("resumed from %s: version %d", loaded.path, self._counters.policy_version)
         self._say(describe_resume(loaded, self._config))
         return loaded.worlds
@@ -452,17 +393,19 @@ class Learner:
     def _follow_orders(self) -> None:
         """Do what the launcher wants; raises `StopRequestedError` unless the end of the batch is waited for."""
         self._hear_orders()
-        waits = self._keeps_worlds and time.monotonic() < self._stop_by
+        waits = self._keeper.keeps_worlds and time.monotonic() < self._stop_by
         if self._stop_reason is not None and not waits:
             raise StopRequestedError(self._stop_reason)
 
-    def _hear_orders(self) -> None:
+    def _hear_orders(self) -> float:
+        """Do what the launcher wants; until when a stop waits for a batch edge."""
         while (order := self._control.receive(0)) is not None:
             self._follow(order)
-        for written in self._writer.ended():
+        for written in self._keeper.writer.ended():
             self._end_checkpoint(written)
         if time.monotonic() - self._reported > REPORT_S:
             self._report()
+        return self._stop_by
 
     def _follow(self, order: dict[str, Any]) -> None:
         match order.get("kind"):
@@ -473,7 +416,7 @@ class Learner:
             case "pause":
                 self._paused = bool(order["paused"])
             case "checkpoint":
-                self._asked_at = time.monotonic()
+                self._keeper.ask()
             case "relieve":
                 self._collector.relieve(int(order["incarnation"]))
             case "retire":
@@ -516,22 +459,6 @@ class Learner:
 
     def _trained_sps(self) -> float:
         return self._counters.steps / max(self._counters.seconds, 1e-9)
-
-
-def describe_resume(loaded: Loaded, config: Config) -> str:
-    """What goes on and what begins anew."""
-    worlds, version = config.batch.worlds, loaded.manifest.counters.policy_version
-    kept = sum(world < worlds for world in loaded.worlds)
-    start = f"going on from version {version}"
-    if kept == worlds:
-        return f"{start} with the running episodes of all worlds ({worlds})"
-    if loaded.manifest.format == 1:
-        why = "its checkpoint has format 1, which held none"
-    elif config.batch.max_policy_lag:
-        why = f"at a policy lag of {config.batch.max_policy_lag} worlds run ahead of checkpoints"
-    else:
-        why = "its checkpoint was not written at a batch edge, or these worlds have no save_state, or are new"
-    return f"{start}; {worlds - kept} of {worlds} worlds begin new episodes: {why}"
 
 
 def run_learner(learner: Learner, control: ControlClient) -> int:
