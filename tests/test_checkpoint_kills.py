@@ -46,6 +46,8 @@ def newest(folder: Path) -> int:
     assert state.next_batch == version
     assert torch.frombuffer(bytearray(blob), dtype=torch.float32).tolist() == [float(version)] * 500
     assert (loaded.path / "policy.safetensors").read_bytes() == b"%d" % version
+    for path in list_checkpoints(folder):
+        checkpoint._read(path)  # none that has a name is half removed
     return version
 
 
