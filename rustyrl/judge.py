@@ -48,6 +48,7 @@ class Judge:
         self._config = config
         self._log = log
         self._waiting: deque[Candidate] = deque()
+        self.judged: set[int] = set()  # versions
         self._running: tuple[Candidate, Child, float] | None = None
         self._last: Child | None = None  # evaluates what is kept
         self._spare: Spare | None = None
@@ -125,6 +126,7 @@ class Judge:
 
     def _weigh(self, candidate: Candidate, figures: dict[str, Any]) -> None:
         self.evaluation = figures
+        self.judged.add(candidate.version)
         missing = sum(condition.shortfall(figures) for condition in self.goal)
         best = Best(candidate.version, -missing, float(figures["return_mean"]))
         if self.best is None or (best.score, best.return_mean) > (self.best.score, self.best.return_mean):

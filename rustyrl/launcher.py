@@ -237,7 +237,7 @@ class Launcher:
                 present = {actor["incarnation"] for actor in message["actors"]}
                 self._crew.supervisor.hear(present, set(message["silent"]))
             case "candidate":
-                self._judge.add(Candidate(message["version"], Path(message["policy"])))
+                self._take_candidate(message)
             case "say":
                 self._progress.say(str(message["message"]))
             case "checkpointed":
@@ -409,13 +409,22 @@ class Launcher:
         except OSError as error:
             self._failure = self._failure or RunFailedError(f"an evaluation came to nothing: {error}")
 
+    def _take_candidate(self, message: dict[str, Any]) -> None:
+        """Have a version judged; one that a learner found in its checkpoint only if nobody here knows of it."""
+        version = int(message["version"])
+        if message.get("again") and version in self._judge.judged:
+            self._order({"kind": "evaluated", "version": version, "best": self._best_version()})
+        elif not (message.get("again") and version in self._judge.pending):
+            self._judge.add(Candidate(version, Path(message["policy"])))
+
+    def _best_version(self) -> int | None:
+        return None if self._judge.best is None else self._judge.best.version
+
     def _keep_verdict(self, ended: Candidate) -> None:
         """Tell the learner of an evaluation that has ended, and keep what it found."""
-        order: dict[str, Any] = {"kind": "evaluated", "version": ended.version}
         if self._judge.best is not None:
             self._folder.write_best(self._judge.best)
-            order["best"] = self._judge.best.version
-        self._order(order)
+        self._order({"kind": "evaluated", "version": ended.version, "best": self._best_version()})
         if self._judge.confirmed is ended:
             kept = self._folder.install_policy(ended.policy)
             self._judge.begin_final(kept)

@@ -128,7 +128,9 @@ class LearnerKeeper:
         self.child.ended_seen = True
         if not replace:
             return None
-        code, tail = self.child.process.returncode, self.child.tail() or self.said
+        code, tail = self.child.process.returncode, self.child.tail()
+        if self.said not in tail:  # the disk may have had room for a part of its log
+            tail = f"{tail}\n{self.said}".strip()
         self._close_books()
         what = f"ended with {describe_end(code)}" if self.ended != SIGNALED else "was told to end by SIGTERM"
         record = write_crash(self._crashes, self.child, what, [f"incarnation {self.incarnation}"], tail)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -252,6 +254,23 @@ def test_a_missing_file_falls_back_to_the_checkpoint_before(tmp_path: Path, capl
         assert warned_of(caplog, path)
         put_back(path)
         file.write_bytes(content)
+    assert loaded_version(tmp_path) == 2
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES])
+def test_what_cannot_be_read_for_no_fault_of_its_own_is_not_taken_for_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    for version in (1, 2):
+        write(tmp_path, version)
+
+    def refused(path: Path) -> bytes:
+        raise OSError(number, os.strerror(number), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Path, "read_bytes", refused)
+        with pytest.raises(RunFailedError, match="000000002 cannot be read"):
+            load_newest(tmp_path, FINGERPRINT)
     assert loaded_version(tmp_path) == 2
 
 

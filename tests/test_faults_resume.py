@@ -102,6 +102,26 @@ def test_a_run_whose_learner_dies_again_and_again_ends_in_the_bits_of_one_whose_
     assert_same_end(straight, cluster)
 
 
+def test_a_candidate_whose_evaluation_was_killed_with_the_run_is_judged_when_that_goes_on(start):
+    cluster = start(
+        "train", "cartpole", "--actors", "2", "--json", *SMALL, "--max-policy-lag", "0",
+        "--stop-at", "return_mean>=10", "--set", "run.eval_every=1", "--set", "run.eval_episodes=2000",
+    )  # fmt: skip
+    (judged,) = poll(
+        lambda: [p for p in cluster.children("rustyrl_actors") if "evaluate" in p.cmdline()], "an evaluation"
+    )
+    judged.suspend()
+    candidate = Path(next(a for a in judged.cmdline() if a.endswith("policy.safetensors")))
+    content = candidate.read_bytes()
+    kill_everything(cluster)
+    again = start("train", "--resume", "--json", run=cluster.run)
+    code, out, err = again.wait()
+    assert code == 0, err
+    summary = json.loads(out)
+    assert (summary["stopped_by"], summary["policy_version"]) == ("goal", int(candidate.parent.name))
+    assert (cluster.run / "policy.safetensors").read_bytes() == content
+
+
 SLOW_DISK = """
 import os, time
 sync = os.fsync

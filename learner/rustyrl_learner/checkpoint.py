@@ -10,6 +10,7 @@ folder is written under another name, synced and renamed. docs/resume.md has the
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -28,24 +29,40 @@ from rustyrl.errors import RunFailedError
 from rustyrl_learner.gathering import KeptWorld
 from rustyrl_learner.kept_worlds import pack_worlds, unpack_worlds
 
-__all__ = ["EPISODES", "Counters", "Loaded", "Manifest", "list_checkpoints", "load_newest", "prune", "save"]
+__all__ = [
+    "EPISODES",
+    "Counters",
+    "Loaded",
+    "Manifest",
+    "list_checkpoints",
+    "load_newest",
+    "prune",
+    "save",
+    "whole_policy",
+]
 
 log = logging.getLogger(__name__)
 
 DAMAGED = "damaged-"  # before the name of a checkpoint that was put aside
+UNREADABLE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM}  # what is no damage
 FORMAT = 2  # 1 had no worlds and no episodes
 WORLDS = "worlds.safetensors"
 EPISODES = "episodes."  # tensors of training episodes, which report NaN where a number means nothing
 
 
 class Counters(msgspec.Struct, frozen=True):
-    """How far training has come."""
+    """How far training has come.
+
+    lag_steps: env steps trained on, by policy lag
+    candidates: versions whose evaluation had not ended
+    """
 
     policy_version: int = 0
     steps: int = 0
     seconds: float = 0.0
     learning_rate: float = 0.0
     lag_steps: dict[int, int] = {}
+    candidates: tuple[int, ...] = ()
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -151,13 +168,15 @@ def load_newest(folder: Path, fingerprint: str, warn: Callable[[str], None] = lo
 
     Raises:
         RunFailedError: there are checkpoints but none is whole, or they are of another environment or of a newer
-            format.
+            format, or the newest cannot be read for a reason that says nothing of it.
     """
     found, damaged = list_checkpoints(folder), []
     for path in reversed(found):
         try:
             manifest, data = _read(path)
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in UNREADABLE:
+                raise RunFailedError(f"checkpoint {path} cannot be read, which says nothing of it: {error}") from None
             warn(f"checkpoint {path} is not whole ({error}), trying the one before")
             damaged.append(path)
             continue
@@ -177,6 +196,16 @@ def load_newest(folder: Path, fingerprint: str, warn: Callable[[str], None] = lo
     if found:
         raise RunFailedError(f"none of the {len(found)} checkpoints in {folder} is whole; see the log")
     return None
+
+
+def whole_policy(folder: Path, version: int) -> Path | None:
+    """The policy of the checkpoint of a version; None if there is none, or not as it was written."""
+    path = folder / f"{version:09d}"
+    try:
+        _read(path)
+    except (OSError, ValueError):
+        return None
+    return path / "policy.safetensors"
 
 
 def prune(folder: Path, kept: int, protected: set[int]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -303,7 +304,8 @@ class Learner:
         with self._stages("checkpoint"):
             protected = {*self._candidates, *([] if self._best is None else [self._best])}
             state = {**self._training.state(), **self._episode_tensors()}
-            self._keeper.begin(self._counters, self._training.weights(), state, protected)
+            counters = msgspec.structs.replace(self._counters, candidates=tuple(self._candidates))
+            self._keeper.begin(counters, self._training.weights(), state, protected)
 
     def _episode_tensors(self) -> dict[str, Tensor]:
         return {f"{EPISODES}{name}": torch.from_numpy(column) for name, column in self._window.columns().items()}
@@ -377,6 +379,10 @@ class Learner:
         best = read_best(self._run_folder)
         self._best = best.version if best else None
         self._keeper.take_up(loaded)
+        for version in self._counters.candidates:  # the launcher, or the one before it, may not have come to them
+            if policy := checkpoint.whole_policy(folder, version):
+                self._candidates.append(version)
+                self._control.send({"kind": "candidate", "version": version, "policy": str(policy), "again": True})
         log.info("resumed from %s: version %d", loaded.path, self._counters.policy_version)
         self._say(describe_resume(loaded, self._config))
         return loaded.worlds
@@ -422,7 +428,7 @@ class Learner:
             case "retire":
                 self._collector.retire(int(order["incarnation"]))
             case "judging":  # versions that a learner before this one named
-                self._candidates += order["versions"]
+                self._candidates = list(dict.fromkeys([*self._candidates, *order["versions"]]))
             case "evaluated":
                 self._candidates = [v for v in self._candidates if v != int(order["version"])]
                 self._best = order.get("best")
