@@ -154,7 +154,9 @@ def check_resume(run: Path, config: Config, spec: EnvironmentSpec) -> list[str]:
         said.append(f"warning: {change}: {rule.why}" if kind == "risky" else f"changed: {change}")
     limit_s, spent_s = config.run.max_seconds, seconds_before(run)
     if limit_s and spent_s >= limit_s:
-        said.append(f"warning: run.max_seconds is {limit_s:g}, and the run has taken {spent_s:.0f} s already")
+        raise UsageError(
+            f"run.max_seconds is {limit_s:g}, and the run has taken {spent_s:.1f} s already: raise it, or set it to 0"
+        )
     return said
 
 

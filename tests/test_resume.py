@@ -122,8 +122,8 @@ def test_a_configuration_of_another_version_is_refused_with_what_to_do(run: Path
 def test_the_time_of_a_run_goes_on(run: Path) -> None:
     spent_s = seconds_before(run)
     assert 0.2 < spent_s < 0.4
-    said = checked(run, {"run": {"max_seconds": 0.1}})[-1]
-    assert said.startswith("warning: run.max_seconds is 0.1, and the run has taken 0 s already")
+    with pytest.raises(UsageError, match=r"run\.max_seconds is 0\.1, and the run has taken 0\.3 s already: raise it"):
+        checked(run, {"run": {"max_seconds": 0.1}})
     assert checked(run, {"run": {"max_seconds": 100.0}}) == ["changed: run.max_seconds is 100.0 and was 0.0"]
     (run / "checkpoints" / "000000009").mkdir()
     (run / "checkpoints" / "000000009" / "manifest.json").write_bytes(b'{"counters":{"seconds"')

@@ -60,13 +60,14 @@ def test_stopping_before_the_learner_is_up_leaves_nothing(start):
 def test_nothing_survives_a_killed_launcher(start):
     cluster = start(*ENDLESS)
     cluster.await_version(2)
+    poll(lambda: list(cluster.run.glob("checkpoints/[0-9]*")), "a checkpoint")
     cluster.process.kill()
     cluster.process.wait(10)
     poll(lambda: not cluster.orphans(), "no orphans", 10.0)
     again = start("train", "--resume", "--set", "run.eval_episodes=5", "--total-steps", "1", run=cluster.run)
-    code, _, err = again.wait()  # the folder is free again, its stale sockets are no obstacle
+    code, out, err = again.wait()  # the folder is free again, its stale sockets are no obstacle
     assert code == 0, err
-    assert "4 of 4 worlds begin new episodes: at a policy lag of 1 worlds run ahead of checkpoints" in err
+    assert "4 of 4 worlds begin new episodes: at a policy lag of 1 worlds run ahead of checkpoints" in out
 
 
 @pytest.mark.faults
