@@ -20,14 +20,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
-from rustyrl.errors import UsageError, WireError
+from rustyrl.addresses import security_of
+from rustyrl.curve import Gate
+from rustyrl.errors import RunFailedError, UsageError, WireError
 from rustyrl.wire import MAX_BLOB_BYTES, Goodbye, Message, decode_header, encode_message
+
+if TYPE_CHECKING:
+    from rustyrl.keys import ActorKey, KeyRing
 
 __all__ = [
     "ControlClient",
@@ -37,11 +42,11 @@ __all__ = [
     "RolloutSender",
     "Sent",
     "has_ipc",
-    "loopback_address",
 ]
 
 WRITE_POLL_MS = 500  # how often a send that waits looks whether the learner said goodbye
 HANDSHAKE_MS = 2000
+CUT = "inproc://cut"  # within the learner's context
 RECONNECT_MS = 100
 RECONNECT_MAX_MS = 2000
 # Messages that one peer may have waiting: tickets bound them to a handful, this bounds a hostile peer.
@@ -51,16 +56,21 @@ IDENTITY_BYTES = 16
 # interpreter's lock. Of 64 and of 195 KB, a rollout took its sender 200 us of CPU without the copy and 95 us with it.
 COPIED_BYTES = 1 << 18
 MAX_CONTROL_BYTES = 1 << 24  # a report names every actor, in some hundred bytes each
+MAX_FRAMES = 4  # of a message that are kept: the peer, the header, the blob, and one that is too many
 MAX_CONTROL_TURN = 256  # messages taken in before other things are looked at
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """One message: who sent it, its checked header, its blob (alive as long as this is)."""
+    """One message: who sent it, its checked header, its blob (alive as long as this is).
+
+    key: the public half of the key that it came with, where links are encrypted
+    """
 
     peer: bytes
     message: Message | WireError
     blob: memoryview
+    key: str = ""
 
 
 class _Sockets:
@@ -98,13 +108,31 @@ class _Sockets:
 class RolloutReceiver(_Sockets):
     """The learner's end of every link. Used by one thread, except `wake`."""
 
-    def __init__(self, listen: str) -> None:
+    def __init__(self, listen: str, keys: KeyRing | None = None, *, insecure: bool = False) -> None:
+        """Listen.
+
+        Args:
+            listen: the address.
+            keys: of those who may join, for an encrypted link.
+            insecure: the user wants a link beyond this machine that is neither encrypted nor authenticated.
+
+        Raises:
+            UsageError: the address cannot be had, or leaves this machine without keys.
+        """
         super().__init__()
+        self.gate: Gate | None = None
+        self._cutters: list[zmq.Socket[bytes]] = []
         self._router = self._socket(zmq.ROUTER)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
         try:
+            if keys is not None:
+                self.gate = Gate(self._context, keys.folder, keys.allowed)
+                self.gate.protect(self._router, keys.learner().secret)
+            elif security_of(listen, insecure=insecure) == "curve":
+                raise UsageError(f"{listen} leaves this machine, and there are no keys for it")
             self.address = self._bound = _bind(self._router, listen)
+            self._router.bind(CUT)
         except BaseException:
             self.close()
             raise
@@ -119,6 +147,10 @@ class RolloutReceiver(_Sockets):
     def receive(self, timeout_s: float, limit: int = 64) -> Iterator[Received]:
         """Wait for messages until one comes, `wake` is called or the time is over; then yield what is there."""
         ready = dict(self._poller.poll(max(0, int(timeout_s * 1000))))
+        while self._cutters:  # the poll has let them have their way
+            self._cutters.pop().close()
+        if self.gate is not None:
+            self.gate.refresh()
         if self._wakened.fileno() in ready:
             with contextlib.suppress(BlockingIOError):
                 self._wakened.recv(4096)
@@ -128,7 +160,19 @@ class RolloutReceiver(_Sockets):
             except zmq.Again:
                 return
             self.received_bytes += sum(map(len, frames))
-            yield _check_frames(frames)
+            yield _check_frames(frames, self.gate)
+
+    def cut(self, peer: bytes, key: str = "") -> None:
+        """Read no more of what a peer sends, and let its key, if there is one, not in again for a while.
+
+        ROUTER_HANDOVER gives a name to the newest who claims it, and ends the link of who had it before.
+        """
+        cutter = self._context.socket(zmq.DEALER)
+        cutter.setsockopt(zmq.IDENTITY, peer)
+        cutter.connect(CUT)
+        self._cutters.append(cutter)
+        if self.gate is not None and key:
+            self.gate.bar(key)
 
     def wake(self) -> None:
         """End a `receive` that waits in another thread."""
@@ -148,6 +192,8 @@ class RolloutReceiver(_Sockets):
     def close(self) -> None:
         """Close the sockets; an ipc path is removed."""
         self._router.close(linger=500)  # the goodbyes
+        if self.gate is not None:
+            self.gate.close()
         super().close()
         if hasattr(self, "_waker"):
             self._waker.close()
@@ -174,11 +220,20 @@ class Sent:
 
 
 class RolloutSender(_Sockets):
-    """An actor's end of the link."""
+    """An actor's end of the link, encrypted with a key if there is one."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, key: ActorKey | None = None) -> None:
         super().__init__()
         self._dealer = self._socket(zmq.DEALER)
+        self._keyed = key is not None
+        if key is not None:
+            self._dealer.setsockopt(zmq.CURVE_SERVERKEY, key.learner.encode())
+            self._dealer.setsockopt(zmq.CURVE_PUBLICKEY, key.public.encode())
+            self._dealer.setsockopt(zmq.CURVE_SECRETKEY, key.secret.encode())
+        if "[" in address:
+            self._dealer.setsockopt(zmq.IPV6, 1)
+        refusals = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        self._refusals = self._dealer.get_monitor_socket(refusals)
         self._dealer.copy_threshold = COPIED_BYTES
         self._held: deque[Received] = deque()  # came while a send waited
         self._dealer.setsockopt(zmq.IDENTITY, os.urandom(IDENTITY_BYTES - 1) + b"a")
@@ -206,15 +261,18 @@ class RolloutSender(_Sockets):
         Raises:
             TimeoutError: if no learner took it in time.
             ConnectionAbortedError: if the learner has said goodbye meanwhile.
+            RunFailedError: if the learner does not let this actor in.
         """
         deadline = time.monotonic() + timeout_s
         while not self._dealer.poll(WRITE_POLL_MS, zmq.POLLOUT):
+            self._mind_refusals()
             while (received := self._receive_now()) is not None:
                 if isinstance(received.message, Goodbye):
                     raise ConnectionAbortedError("the learner said goodbye")
                 self._held.append(received)
             if time.monotonic() > deadline:
-                raise TimeoutError(f"no learner took a message within {timeout_s:.0f} s")
+                other = ", or the key is another run's" if self._keyed else ""
+                raise TimeoutError(f"no learner took a message within {timeout_s:.0f} s: none is there{other}")
         tracker = self._dealer.send_multipart([header, blob], copy=False, track=True)
         assert tracker is not None  # noqa: S101 - track=True
         return Sent(tracker)
@@ -232,12 +290,30 @@ class RolloutSender(_Sockets):
 
         Raises:
             WireError: the learner sent something else than a message.
+            RunFailedError: the learner does not let this actor in.
         """
         if self._held:
             return self._held.popleft()
         if not self._dealer.poll(max(0, int(timeout_s * 1000))):
+            self._mind_refusals()
             return None
         return self._receive_now()
+
+    def _mind_refusals(self) -> None:
+        """Raise if the learner, or whoever is at its address, ended the handshake: it is not tried again."""
+        if not self._refusals.poll(0):
+            return
+        event = parse_monitor_message(self._refusals.recv_multipart())["event"]
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            raise RunFailedError(
+                "the learner does not let this key in: it was revoked, is another run's, or was cut off for a "
+                "while for sending too much; `rustyrl keys list` there says which are let in"
+            )
+        if self._keyed:
+            raise RunFailedError(
+                "what listens there does not take keys: is it a learner beyond loopback, and this run's?"
+            )
+        raise RunFailedError("what listens there wants a key: expected --key FILE, one of those in the run's keys/")
 
     def _receive_now(self) -> Received | None:
         try:
@@ -332,32 +408,14 @@ def has_ipc() -> bool:
     return bool(zmq.has("ipc")) and sys.platform != "win32"
 
 
-def loopback_address(address: str) -> str:
-    """Check a ``--listen`` or ``--join`` address and return it as ZeroMQ wants it.
-
-    Until links are encrypted and authenticated (Curve), tcp is for this machine alone.
-    """
-    if address.startswith("ipc://") and len(address) > len("ipc://"):
-        return address
-    parts = urlsplit(address)
-    if parts.scheme != "tcp" or not parts.hostname:
-        raise UsageError(f"{address!r} is no address; expected ipc://PATH or tcp://127.0.0.1:PORT")
-    if parts.hostname not in ("127.0.0.1", "localhost", "::1"):
-        raise UsageError(
-            f"{address!r} leaves this machine; links are not encrypted yet, so only loopback (127.0.0.1) is allowed"
-        )
-    port = parts.netloc.rpartition(":")[2]
-    if port != "*" and not (port.isdigit() and int(port) < 65536):
-        raise UsageError(f"{address!r} has no port; expected tcp://127.0.0.1:PORT, port 0 for any free one")
-    return f"tcp://127.0.0.1:{'*' if port == '0' else port}"
-
-
 def _bind(bound: zmq.Socket[bytes], listen: str) -> str:
+    if "[" in listen:
+        bound.setsockopt(zmq.IPV6, 1)
     try:
         bound.bind(listen)
     except zmq.ZMQError as error:
         if error.errno == zmq.EADDRINUSE:
-            raise UsageError(f"{listen} is in use; choose another port, or tcp://127.0.0.1:0 for a free one") from None
+            raise UsageError(f"{listen} is in use; choose another port, or port 0 for a free one") from None
         raise UsageError(f"cannot listen on {listen}: {error}") from None
     address = bound.getsockopt(zmq.LAST_ENDPOINT)
     assert isinstance(address, bytes)  # noqa: S101 - what this option always is
@@ -368,18 +426,30 @@ def _bind(bound: zmq.Socket[bytes], listen: str) -> str:
 
 
 def _receive_frames(opened: zmq.Socket[bytes]) -> list[zmq.Frame]:
-    """One whole message, in place; raises `zmq.Again`. Frames know whether more follow: pyzmq asks the socket."""
+    """One whole message, in place; raises `zmq.Again`. Frames know whether more follow: pyzmq asks the socket.
+
+    Of one that has too many the first few and the last are kept.
+    """
     frames = [opened.recv(zmq.NOBLOCK, copy=False)]
     while frames[-1].more:
-        frames.append(opened.recv(zmq.NOBLOCK, copy=False))
+        frames[min(len(frames), MAX_FRAMES) :] = [opened.recv(zmq.NOBLOCK, copy=False)]
     return frames
 
 
-def _check_frames(frames: list[zmq.Frame]) -> Received:
-    peer = frames[0].bytes
+def _check_frames(frames: list[zmq.Frame], gate: Gate | None = None) -> Received:
+    peer, key = frames[0].bytes, ""
+    if gate is not None:
+        holder = gate.holder(frames[-1])
+        if holder is None:
+            return Received(
+                peer, WireError("key", "it came with a key that is not, or no more, let in"), memoryview(b"")
+            )
+        key = holder
     if len(frames) != 3:
-        return Received(peer, WireError("frames", f"{len(frames) - 1} frames, expected 2"), memoryview(b""))
+        return Received(
+            peer, WireError("frames", f"{len(frames) - 1} frames or more, expected 2"), memoryview(b""), key
+        )
     try:
-        return Received(peer, decode_header(frames[1].buffer), frames[2].buffer)
+        return Received(peer, decode_header(frames[1].buffer), frames[2].buffer, key)
     except WireError as error:
-        return Received(peer, error, memoryview(b""))
+        return Received(peer, error, memoryview(b""), key)

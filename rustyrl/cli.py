@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rustyrl import bench_verb, cluster_verbs, describe, verify_verb
-from rustyrl.channels import loopback_address
+from rustyrl import bench_verb, cluster_verbs, describe, keys_verb, verify_verb
+from rustyrl.addresses import join_address
 from rustyrl.cluster_verbs import Json, RunOption, print_json
 from rustyrl.config import Layer, build_config, parse_assignments, read_config
 from rustyrl.doctor import examine
 from rustyrl.errors import RunFailedError, UsageError
+from rustyrl.keys import read_actor_key
 from rustyrl.launch import launch, spare_learner
 from rustyrl.new import new_project
 from rustyrl.processes import actor_environment
@@ -53,6 +54,9 @@ MaxPolicyLag = Annotated[int | None, typer.Option(help="Versions that experience
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with sections.")]
 Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Repeatable.")]
 Init = Annotated[Path | None, typer.Option(help="Policy file to start from.")]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Beyond loopback, neither encrypt the link nor ask who joins.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of --run.")]
 
 TRAIN_EXAMPLES = """
@@ -80,7 +84,10 @@ def train(
     seed: Seed = None,
     device: Device = None,
     max_policy_lag: MaxPolicyLag = None,
-    listen: Annotated[str | None, typer.Option(help="ipc, or tcp://127.0.0.1:PORT.")] = None,
+    listen: Annotated[
+        str | None, typer.Option(help="ipc, or tcp://HOST:PORT; beyond this machine, actors join with keys.")
+    ] = None,
+    insecure: Insecure = False,
     config: ConfigFile = None,
     assignments: Assignments = None,
     init: Init = None,
@@ -94,7 +101,7 @@ def train(
     flags = _flags(
         run=_run_section(env or env_option, total_steps, max_seconds, stop_at, seed, device, init),
         batch={"max_policy_lag": max_policy_lag},
-        cluster={"actors": actors, "listen": listen},
+        cluster={"actors": actors, "listen": listen, "insecure": insecure or None},
     )
     _train(run, config, assignments, flags, resume=resume, json=json, profile=profile)
 
@@ -103,7 +110,10 @@ def train(
 def learner(
     env: EnvArgument = None,
     env_option: EnvOption = None,
-    listen: Annotated[str, typer.Option(help="tcp://127.0.0.1:PORT that actors join.")] = "tcp://127.0.0.1:5555",
+    listen: Annotated[
+        str, typer.Option(help="tcp://HOST:PORT that actors join; beyond this machine, with keys.")
+    ] = "tcp://127.0.0.1:5555",
+    insecure: Insecure = False,
     expect: Annotated[int, typer.Option(help="Actors that the first batch waits for.")] = 1,
     run: RunOption = None,
     total_steps: TotalSteps = None,
@@ -122,20 +132,43 @@ def learner(
     flags = _flags(
         run=_run_section(env or env_option, total_steps, max_seconds, stop_at, seed, device, init),
         batch={"max_policy_lag": max_policy_lag},
-        cluster={"actors": 0, "expect": expect, "listen": listen},
+        cluster={"actors": 0, "expect": expect, "listen": listen, "insecure": insecure or None},
     )
     _train(run, config, assignments, flags, resume=resume, json=json)
 
 
-@app.command(epilog="Example:\n\n  rustyrl actor --join tcp://127.0.0.1:5555")
-def actor(join: Annotated[str, typer.Option(help="Address that a learner listens on.")]) -> None:
-    """Be one actor of a learner that was started by hand."""
-    command = [sys.executable, "-m", "rustyrl_actors", "run", "--join", loopback_address(join)]
+@app.command(
+    epilog="Examples:\n\n  rustyrl actor --join tcp://127.0.0.1:5555\n\n"
+    "  rustyrl actor --join tcp://learner.example:5555 --key default.key\n\n"
+    "  ssh learner.example cat RUN/keys/default.key | rustyrl actor --join tcp://learner.example:5555 --key -"
+)
+def actor(
+    join: Annotated[str, typer.Option(help="Address that a learner listens on.")],
+    key: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="From the learner's RUN/keys/; - reads it from standard input."),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Join another machine without a key, if it lets anybody in.")
+    ] = False,
+) -> None:
+    """Be one actor of a learner of this or another machine."""
+    address = join_address(join, keyed=key is not None, insecure=insecure)
+    command = [sys.executable, "-m", "rustyrl_actors", "run", "--join", address]
+    if key is not None:
+        if key != "-":
+            read_actor_key(Path(key))  # whatever is wrong with it is to be said before all else
+        command += ["--key", key]
+    elif insecure:
+        typer.echo(
+            "WARNING: --insecure: nothing on this link is encrypted, and nobody knows who is at the other end", err=True
+        )
     typer.echo(f"joining the learner at {join}, waiting up to a minute for it", err=True)
     os.execve(sys.executable, command, actor_environment())  # noqa: S606 - this process becomes the actor
 
 
 app.registered_commands += cluster_verbs.app.registered_commands
+app.add_typer(keys_verb.app, name="keys")
 
 
 @app.command(name="eval", epilog="Example:\n\n  rustyrl eval runs/drone-20260101-120000 --episodes 1000")

@@ -145,9 +145,12 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         int, _help("how far actors step back behind the learner where cores are few (Unix)", ge=0, le=19)
     ] = 0
     auto: Annotated[str, _help("'MIN:MAX' lets the number of actors follow the learner's wait; '' does not")] = ""
-    listen: Annotated[str, _help("'ipc' or tcp://HOST:PORT (port 0 or *: any free one); loopback only, for now")] = (
-        "ipc"
-    )
+    listen: Annotated[
+        str, _help("'ipc' or tcp://HOST:PORT (port 0 or *: any free one); beyond loopback, actors join with keys")
+    ] = "ipc"
+    insecure: Annotated[
+        bool, _help("beyond loopback, neither encrypt the link nor ask who joins: for networks that nobody else is on")
+    ] = False
     expect: Annotated[int, _help("actors that batch 0 waits for; -1 those that are started, at least 1", ge=-1)] = -1
     start_deadline_s: Annotated[
         float, _help("how long batch 0 waits for them, and an actor may take to start", gt=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rustyrl.autoscale import AutoScale, Reading, parse_range
@@ -37,6 +38,7 @@ class Crew:
         order: Order,
         *,
         traced: bool = False,
+        key: Path | None = None,
     ) -> None:
         """Have no actor yet.
 
@@ -47,6 +49,7 @@ class Crew:
             progress: where to say things.
             order: tells the learner something, if it is there to hear it.
             traced: a profiler will look into the actors.
+            key: the file that they join with, where links are encrypted.
         """
         cluster = config.cluster
         self._config = config
@@ -55,6 +58,7 @@ class Crew:
         self._progress = progress
         self._order = order
         self._traced = traced
+        self._key = key
         self._link = ""
         self._dead: list[int] = []  # incarnations that the learner is to be told of
         self._alone_since: float | None = None
@@ -216,6 +220,7 @@ class Crew:
     def _start_actor(self, index: int) -> Child:
         incarnation, box = secrets.randbits(62), BlackBox.create()
         arguments = ["--join", self._link, "--index", str(index), "--incarnation", str(incarnation)]
+        arguments += [] if self._key is None else ["--key", str(self._key)]
         try:
             return start_child(
                 f"actor {index}",

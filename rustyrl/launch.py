@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rustyrl.channels import loopback_address
+from rustyrl.addresses import listen_address
 from rustyrl.condition import parse_condition
 from rustyrl.config import Config, PPOConfig
 from rustyrl.describe import describe
@@ -140,7 +140,7 @@ def _check(config: Config, spec: EnvironmentSpec, resume: bool) -> None:
             f"{MAX_BLOB_BYTES >> 21} MiB fit into a message; lower batch.unroll_length, batch.worlds or env.slots"
         )
     if config.cluster.listen != "ipc":
-        loopback_address(config.cluster.listen)
+        listen_address(config.cluster.listen)
     if config.cluster.prometheus:
         _check_exporter(config.cluster.prometheus)
     if config.run.init and not resume and not Path(config.run.init).is_file():

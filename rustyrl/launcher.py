@@ -8,17 +8,20 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rustyrl.channels import ControlServer, loopback_address
+from rustyrl.addresses import listen_address, local_address, named_address, security_of
+from rustyrl.channels import ControlServer
 from rustyrl.config import Config
 from rustyrl.crew import Crew, idle_note
 from rustyrl.errors import RunFailedError, UsageError
 from rustyrl.goal import goal_conditions
 from rustyrl.interrupts import Interrupts
 from rustyrl.judge import Candidate, Judge
+from rustyrl.keys import FIRST, LAUNCHED, KeyRing
 from rustyrl.learner_keeper import LearnerDeath, LearnerKeeper
 from rustyrl.logs import LogKeeper
 from rustyrl.processes import Child, await_end, start_child
@@ -69,13 +72,19 @@ class Launcher:
         self._learner = LearnerKeeper(
             self._start_learner, self._newest_checkpoint, crashes, limit, window_s, folder.next_incarnation()
         )
-        self._crew = Crew(config, folder, self._learner, progress, self._order, traced=profile)
+        listen = cluster.listen
+        self._listen = folder.socket_address("link") if listen == "ipc" else listen_address(listen)
+        self._security = security_of(self._listen, insecure=cluster.insecure)
+        self._keys = KeyRing.make(folder.path / "keys") if self._security == "curve" else None
+        own_key = None if self._keys is None else self._keys.path(LAUNCHED)
+        self._crew = Crew(config, folder, self._learner, progress, self._order, traced=profile, key=own_key)
         self._judge = Judge(config, goal_conditions(config.run, spec), folder.path / "logs" / "evaluate.log")
         self._judge.best = read_best(folder.path) if resume else None
         before_s = seconds_before(folder.path) if resume else 0.0
         self._board = StatusBoard(
             folder.path, config, spec, self._learner, self._crew.supervisor, self._judge, before_s
         )
+        self._board.link["security"] = self._security
         self._profiler = Profiler(folder.path / "profile", progress.say) if profile else None
         self._logs = LogKeeper(folder.path / "logs")
         self._state = "starting"
@@ -85,9 +94,7 @@ class Launcher:
         self._kill_at: float | None = None
         self._failure: RunFailedError | UsageError | None = None
         self._control: ControlServer
-        listen = config.cluster.listen
-        self._listen = folder.socket_address("link") if listen == "ipc" else loopback_address(listen)
-        self._link = ""
+        self._link = ""  # where actors of this machine join
         self._awaiting_checkpoint: list[bytes] = []  # who asked for one
         self._exporter: Exporter | None = None
         self._started_at = time.time()
@@ -147,7 +154,7 @@ class Launcher:
             self._progress.say(f"note: {idle_note(actors, config.batch.worlds)}")
         self._enter("starting")
         self._learner.start()
-        if self._listen.startswith("ipc:"):  # the address is known, so they start while the learner imports torch
+        if self._security == "ipc":  # the address is known, so they start while the learner imports torch
             self._link = self._listen
             self._crew.begin(self._link)
 
@@ -164,7 +171,7 @@ class Launcher:
                 "--control",
                 self._control.address,
                 "--listen",
-                self._listen if first else self._link or self._listen,
+                self._listen,
                 "--incarnation",
                 str(incarnation),
                 "--expect",
@@ -248,17 +255,35 @@ class Launcher:
             case "done" | "failed":
                 self._hear_last(message)
 
-    def _begin(self, link: str) -> None:
+    def _begin(self, bound: str) -> None:
         """The learner listens: tell it what it missed, and start the actors if they wait for the address."""
-        self._link = link
+        first, self._listen, self._link = not self._link, bound, local_address(bound)
+        self._board.link["address"] = self._link
         self._learner.listening = self._learner.listened = True
         self._crew.greet_learner()
         if self._stop_reason is not None:
             return
         self._enter("paused" if self._paused else "running")
-        self._crew.begin(link)
-        if not self._crew.supervisor.wanted:
-            self._progress.say(f"listening on {link}: rustyrl actor --join {link}")
+        self._crew.begin(self._link)
+        if first or not self._crew.supervisor.wanted:
+            self._say_how_to_join()
+
+    def _say_how_to_join(self) -> None:
+        """Say what to type on another machine, or in another terminal; no secret is in it."""
+        join = f"rustyrl actor --join {named_address(self._listen)}"
+        if self._keys is not None:
+            key = self._keys.path(FIRST)
+            have = (
+                f"scp {socket.gethostname()}:{key} ." if key.exists() else "rustyrl keys new NAME makes a key; copy it"
+            )
+            self._progress.say(f"listening on {self._listen}; on another machine: {have} && {join} --key {key.name}")
+        elif self._security == "insecure":
+            self._progress.say(
+                f"WARNING: --insecure: {self._listen} is neither encrypted nor asks who joins; whoever reaches it can "
+                f"read the policy, feed the training and stop the run. On another machine: {join} --insecure"
+            )
+        elif not self._crew.supervisor.wanted:
+            self._progress.say(f"listening on {self._listen}: {join}")
 
     def _hear_last(self, message: dict[str, Any]) -> None:
         """What the learner says of how its training ended."""

@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 
-from rustyrl.channels import has_ipc, loopback_address
+from rustyrl.channels import has_ipc
 from rustyrl.config import Config, config_to_toml
 from rustyrl.errors import UsageError
 from rustyrl.spec import EnvironmentSpec, spec_to_json
@@ -147,7 +147,7 @@ class RunFolder:
     def socket_address(self, name: str) -> str:
         """An ipc address in a folder that only this user can enter; any free port of loopback where there is no ipc."""
         if not has_ipc():
-            return loopback_address("tcp://127.0.0.1:0")
+            return "tcp://127.0.0.1:*"
         if self._sockets is None:
             self._sockets = self.path / "sockets"
             if len(os.fsencode(self._sockets)) > MAX_IPC_PATH:

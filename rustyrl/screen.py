@@ -125,6 +125,8 @@ def _alerts(status: dict[str, Any], aspect: Aspect) -> list[Text]:
     learner, lines = status["learner"], []
     if aspect.alert:
         lines.append(Text(f"! {aspect.alert}", "bold red"))
+    if status["link"]["security"] == "insecure":
+        lines.append(Text("! insecure: whoever reaches the link can read the policy and feed the training", "bold red"))
     if status["state"] in ("recovering", "running") and is_down(status):
         since = f" at version {count(learner['version'])}" if "version" in learner else ""
         lines.append(Text(f"! the learner died{since}; another one starts from the newest checkpoint", "bold red"))

@@ -23,7 +23,7 @@ __all__ = ["StatusBoard"]
 
 CURVE_POINTS = 240  # of the learning curve; older ones are thinned out
 LISTED_APART = {"kind", "actors", "tickets", "gpu", "silent", "worlds_moved", "worlds_restarted"}
-LISTED_APART |= {"recent", "received_bytes", "sent_bytes", "refused_messages"}
+LISTED_APART |= {"recent", "received_bytes", "sent_bytes", "refused_messages", "refused_handshakes"}
 CRASHES_SHOWN = 5
 
 
@@ -68,6 +68,7 @@ class StatusBoard:
         self._crashes: deque[dict[str, Any]] = deque(maxlen=CRASHES_SHOWN)
         self.actor_restarts = 0
         self.prometheus = ""  # where its endpoint is
+        self.link = {"address": "", "security": ""}  # where actors of this machine join, and what protects that
 
     @property
     def seconds(self) -> float:
@@ -132,7 +133,9 @@ class StatusBoard:
                 "received_bytes_s": self._rates.per_s("received_bytes"),
                 "sent_bytes_s": self._rates.per_s("sent_bytes"),
                 "refused_messages": report.get("refused_messages", {}),
+                "refused_handshakes": report.get("refused_handshakes", 0),
             },
+            "link": self.link,
             "machine": self._usage.machine(),
             "gpu": report.get("gpu"),
             "curve": self._curve,

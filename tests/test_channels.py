@@ -16,7 +16,6 @@ from rustyrl.channels import (
     ControlServer,
     RolloutReceiver,
     RolloutSender,
-    loopback_address,
 )
 from rustyrl.errors import UsageError, WireError
 from rustyrl.wire import Goodbye, Hello, Lease, TicketMessage, WeightsHeader
@@ -139,27 +138,6 @@ def test_a_taken_port_is_a_usage_error():
         port = taken.getsockname()[1]
         with pytest.raises(UsageError, match="is in use"):
             RolloutReceiver(f"tcp://127.0.0.1:{port}")
-
-
-@pytest.mark.parametrize(
-    ("address", "expected"),
-    [
-        ("tcp://127.0.0.1:5555", "tcp://127.0.0.1:5555"),
-        ("tcp://localhost:0", "tcp://127.0.0.1:*"),
-        ("ipc:///tmp/link", "ipc:///tmp/link"),
-    ],
-)
-def test_loopback_addresses_are_taken(address, expected):
-    assert loopback_address(address) == expected
-
-
-@pytest.mark.parametrize(
-    "address", ["", "tcp://", "tcp://*:5555", "tcp://0.0.0.0:1", "tcp://10.0.0.1:1", "tcp://127.0.0.1", "udp://x:1",
-                "tcp://127.0.0.1:99999", "ipc://"]
-)  # fmt: skip
-def test_other_addresses_are_refused(address):
-    with pytest.raises(UsageError):
-        loopback_address(address)
 
 
 def test_a_flood_on_the_control_socket_is_taken_in_by_parts(tmp_path):

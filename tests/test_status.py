@@ -220,6 +220,7 @@ def test_what_has_a_place_of_its_own_is_not_told_twice(board):
         "tickets": {"issued": 1},
         "worlds_moved": 3,
         "refused_messages": {"x": 1},
+        "refused_handshakes": 7,
         "gpu": None,
         "silent": [],
         "kind": 1,
@@ -234,6 +235,7 @@ def test_what_has_a_place_of_its_own_is_not_told_twice(board):
         "received_bytes_s": 0.0,
         "sent_bytes_s": 0.0,
         "refused_messages": {"x": 1},
+        "refused_handshakes": 7,
     }
     assert status["learner"]["steps"] == 900
 

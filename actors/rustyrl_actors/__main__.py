@@ -19,6 +19,7 @@ import msgspec
 
 from rustyrl.black_box import BlackBox
 from rustyrl.errors import ContractError, RunFailedError, UsageError
+from rustyrl.keys import MAX_KEY_BYTES, ActorKey, parse_actor_key, read_actor_key
 from rustyrl.parent import allow_tracing, die_with_parent
 from rustyrl.spare import AWAIT, await_orders
 from rustyrl.spec import spec_to_json
@@ -88,7 +89,8 @@ def _run(arguments: argparse.Namespace, results: BinaryIO) -> None:
         case "run":
             _explain_ends()
             box = BlackBox(arguments.black_box) if arguments.black_box >= 0 else None
-            run_actor(arguments.join, arguments.index, arguments.incarnation or secrets.randbits(62), box)
+            key = _actor_key(arguments.key) if arguments.key else None
+            run_actor(arguments.join, arguments.index, arguments.incarnation or secrets.randbits(62), box, key)
         case "describe":
             results.write(spec_to_json(find_environment(arguments.env, _env_config(arguments)).spec))
         case "evaluate":
@@ -111,6 +113,12 @@ def _run(arguments: argparse.Namespace, results: BinaryIO) -> None:
             results.write(msgspec.json.encode(rows))
 
 
+def _actor_key(source: str) -> ActorKey:
+    if source != "-":
+        return read_actor_key(Path(source))
+    return parse_actor_key(sys.stdin.buffer.read(MAX_KEY_BYTES + 1), "standard input")
+
+
 def _explain_ends() -> None:
     """Have a crash in native code, and whoever asks by a signal, print where every thread is; end well on SIGTERM."""
     faulthandler.enable()
@@ -126,6 +134,7 @@ def _parse(told: list[str] | None) -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser("run", help="be an actor")
     run.add_argument("--join", required=True)
+    run.add_argument("--key", help="the file with the key to join with; - is standard input")
     run.add_argument("--index", type=int, default=-1)
     run.add_argument("--incarnation", type=int, default=0, help="0 draws one")
     run.add_argument("--black-box", type=int, default=-1, help="an inherited file descriptor")

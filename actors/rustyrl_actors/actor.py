@@ -11,6 +11,7 @@ import time
 from rustyrl.black_box import BlackBox
 from rustyrl.channels import RolloutSender
 from rustyrl.errors import ContractError, RunFailedError, UsageError, WireError
+from rustyrl.keys import ActorKey
 from rustyrl.stages import Stages
 from rustyrl.wire import (
     Fault,
@@ -41,7 +42,7 @@ JOIN_S = 60.0  # how long a learner may take to answer hello
 AWAY_S = 300.0  # how long a learner may be away, restarting or behind a broken link, before an actor gives it up
 
 
-def run_actor(address: str, index: int, incarnation: int, box: BlackBox | None) -> None:
+def run_actor(address: str, index: int, incarnation: int, box: BlackBox | None, key: ActorKey | None = None) -> None:
     """Join the learner at ``address`` and answer its tickets until it says goodbye.
 
     A learner that goes away is waited for, and its successor joined.
@@ -51,11 +52,12 @@ def run_actor(address: str, index: int, incarnation: int, box: BlackBox | None) 
         index: this actor's place among the actors, -1 for any free one.
         incarnation: tells this process from every other that had or will have this index.
         box: where to say what is being done; None if nobody looks.
+        key: what to join with, where links are encrypted.
 
     Raises:
         RunFailedError: the learner refused this actor, did not answer or went away.
     """
-    with RolloutSender(address) as link:
+    with RolloutSender(address, key) as link:
         try:
             hello = Hello(index, incarnation, os.getpid(), socket.gethostname())
             welcome = _join(link, hello)
@@ -70,6 +72,8 @@ def run_actor(address: str, index: int, incarnation: int, box: BlackBox | None) 
             raise RunFailedError(f"{address}: {error}") from None
         except ContractError as error:
             link.send(Fault(str(error)[:4000]), timeout_s=1.0)
+            raise
+        except RunFailedError:  # the learner, or what listens in its place, does not want this actor
             raise
         except BaseException as error:  # a world that raised, a signal: the learner is not to wait for the lease
             with contextlib.suppress(TimeoutError, ConnectionAbortedError):

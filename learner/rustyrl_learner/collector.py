@@ -182,6 +182,7 @@ class Collector:
                     self._handle(received)
                     del received
                 self._follow_orders()
+                self._roster.check_keys()
                 self._roster.expire()
                 self._roster.probe(self._outbox.peers)
                 self._check_start(deadline)
@@ -204,9 +205,19 @@ class Collector:
     def _handle(self, received: Received) -> None:
         """Take in one message of whoever sent it."""
         peer, actor = received.peer, self._roster.actors.get(received.peer)
+        if actor is not None and received.key not in (
+            "",
+            actor.key,
+        ):  # its link was taken over by a name that nobody else knew
+            self._roster.count("other-key")
+            self._roster.cut_off(peer, received.key, "another key than its own came under its name")
+            return
         match received.message:
             case Hello() as hello:
-                self._roster.welcome(peer, hello)
+                self._roster.welcome(peer, hello, received.key)
+            case WireError(reason="key") as error:
+                self._roster.count("key")
+                self._roster.cut_off(peer, "", str(error))
             case WireError(reason=reason) as error:
                 self._roster.count(reason)
                 if actor is not None or reason == "wire-version":

@@ -18,11 +18,13 @@ import msgspec
 import torch
 from torch import Tensor
 
+from rustyrl.addresses import security_of
 from rustyrl.channels import ControlClient, RolloutReceiver
 from rustyrl.condition import meets
 from rustyrl.config import Config
 from rustyrl.errors import ContractError, RunFailedError, UsageError
 from rustyrl.goal import evaluation_conditions
+from rustyrl.keys import KeyRing
 from rustyrl.run_folder import read_best
 from rustyrl.spec import EnvironmentSpec
 from rustyrl.stages import Stages
@@ -110,7 +112,10 @@ class Learner:
             self._training.start_from(Path(config.run.init))
         self._diagnosis = Diagnosis(spec, config, self._counters.policy_version)
         self._log = MetricsLog(run, self._counters.policy_version)
-        self._receiver = RolloutReceiver(listen)
+        curve = security_of(listen, insecure=config.cluster.insecure) == "curve"
+        self._receiver = RolloutReceiver(
+            listen, KeyRing(run / "keys") if curve else None, insecure=config.cluster.insecure
+        )
         self._collector = Collector(
             self._receiver,
             spec,

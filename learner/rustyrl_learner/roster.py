@@ -32,6 +32,7 @@ class Actor:
     held_version: of the policy that it was sent last
     begun: env steps that it had begun by its last lease
     asked: tickets that it owes an answer to, and since when
+    key: the public half of the key that it came with; "" where links are not encrypted
     """
 
     hello: Hello
@@ -45,6 +46,7 @@ class Actor:
     rollouts: int = 0
     since: float = field(default_factory=time.monotonic)
     asked: dict[Ticket, float] = field(default_factory=dict)
+    key: str = ""
 
 
 class Roster:
@@ -64,7 +66,7 @@ class Roster:
         self._turned = time.monotonic()
         self.actors: dict[bytes, Actor] = {}
 
-    def welcome(self, peer: bytes, hello: Hello) -> None:
+    def welcome(self, peer: bytes, hello: Hello, key: str = "") -> None:
         """Give an actor its index and tell it what to build; nothing if it is known, dead, or its index is taken."""
         if peer in self.actors:
             self.count("second-hello")
@@ -80,7 +82,7 @@ class Roster:
             return
         now = time.monotonic()
         self._silent.discard(hello.incarnation)
-        self.actors[peer] = Actor(hello, index, seen=now, probed=now)
+        self.actors[peer] = Actor(hello, index, seen=now, probed=now, key=key)
         config = self._config
         self._receiver.send(
             peer,
@@ -143,6 +145,21 @@ class Roster:
         log.warning("actor %d is gone: %s", actor.index, why)
         self._book.leave(peer)
 
+    def cut_off(self, peer: bytes, key: str, why: str) -> None:
+        """Tell a peer why, count it out if it was in, and read no more of what it sends."""
+        self._receiver.send(peer, Refusal(why))
+        self.lose(peer, why)
+        self._receiver.cut(peer, key)
+
+    def check_keys(self) -> None:
+        """Cut off whose keys were revoked."""
+        gate = self._receiver.gate
+        if gate is None:
+            return
+        for peer, actor in [(p, a) for p, a in self.actors.items() if gate.name(a.key) is None]:
+            self.count("key")
+            self.cut_off(peer, "", f"the key of actor {actor.index} was revoked")
+
     def expire(self) -> None:
         """Give up who gave no sign of life for the time of a lease."""
         now, before = time.monotonic(), self._turned
@@ -194,7 +211,7 @@ class Roster:
     def describe(self, next_batch: int) -> dict[str, Any]:
         """Every actor, who was given up as silent, and what was refused; ``next_batch`` is the one that is filled."""
         members = {member.peer: member for member in self._book.members}
-        now = time.monotonic()
+        now, gate = time.monotonic(), self._receiver.gate
         return {
             "actors": [
                 {
@@ -202,6 +219,7 @@ class Roster:
                     "incarnation": actor.hello.incarnation,
                     "pid": actor.hello.pid,
                     "host": actor.hello.host,
+                    "key": "" if gate is None else gate.name(actor.key) or "",
                     "ready": actor.ready,
                     "worlds": len(members[peer].worlds) if peer in members else 0,
                     "sps": round(actor.steps / max(now - actor.since, 1e-9), 1),
@@ -217,4 +235,5 @@ class Roster:
             ],
             "silent": sorted(self._silent),
             "refused_messages": dict(self._refused),
+            "refused_handshakes": 0 if gate is None else gate.refused,
         }

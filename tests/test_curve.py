@@ -1,0 +1,426 @@
+"""Encrypted links: who has a key is in, everybody else is out, and nothing that was overheard is good for anything."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import zmq
+from clusters import ENDLESS, await_more, await_status, contributing, end, poll, rustyrl, verb
+
+from rustyrl.channels import Received, RolloutReceiver, RolloutSender
+from rustyrl.curve import make_pair
+from rustyrl.errors import RunFailedError, UsageError, WireError
+from rustyrl.keys import FIRST, LAUNCHED, ActorKey, KeyRing, read_actor_key
+from rustyrl.wire import Goodbye, Hello, Lease, Refusal
+
+HELLO = Hello(-1, 1, 2, "here")
+
+
+@pytest.fixture
+def ring(tmp_path: Path) -> KeyRing:
+    return KeyRing.make(tmp_path / "keys")
+
+
+@pytest.fixture
+def learner(ring: KeyRing) -> Iterator[RolloutReceiver]:
+    with RolloutReceiver("tcp://127.0.0.1:*", ring) as receiver:
+        yield receiver
+
+
+def hear(learner: RolloutReceiver) -> Received:
+    return poll(lambda: list(learner.receive(0.05)), "a message")[0]
+
+
+def first_key(ring: KeyRing) -> ActorKey:
+    return read_actor_key(ring.path(FIRST))
+
+
+def with_other(key: ActorKey, *, learner: bool = False) -> ActorKey:
+    """The same with a pair, or a learner's key, that nobody knows."""
+    public, secret = make_pair()
+    if learner:
+        return ActorKey(key.kind, key.name, public, key.public, key.secret)
+    return ActorKey(key.kind, key.name, key.learner, public, secret)
+
+
+class Proxy(threading.Thread):
+    """Passes one connection on and records what goes to the learner; `inject` sends more on the same connection."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(daemon=True)
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listening.getsockname()[1]
+        self._target = port
+        self.recorded: list[bytes] = []
+        self.closed = threading.Event()
+        self.inject = lambda _content: None
+
+    def run(self) -> None:
+        actor, _ = self._listening.accept()
+        learner = socket.create_connection(("127.0.0.1", self._target))
+        self.inject = learner.sendall
+        with self._listening, actor, learner:
+            while True:
+                ready, _, _ = select.select([actor, learner], [], [], 60)
+                for one in ready:
+                    content = b""
+                    with contextlib.suppress(OSError):
+                        content = one.recv(65536)
+                    if not content:
+                        self.closed.set()
+                        return
+                    if one is actor:
+                        self.recorded.append(content)
+                    (learner if one is actor else actor).sendall(content)
+
+
+def port_of(address: str) -> int:
+    return int(address.rpartition(":")[2])
+
+
+def until_closed(connection: socket.socket) -> bytes:
+    """What the other side says before it hangs up."""
+    connection.settimeout(20)
+    said = b""
+    with contextlib.suppress(ConnectionError):
+        while content := connection.recv(65536):
+            said += content
+    return said
+
+
+def test_a_key_is_let_in_and_its_name_is_known(ring, learner):
+    key = first_key(ring)
+    with RolloutSender(learner.address, key) as actor:
+        actor.send(HELLO)
+        received = hear(learner)
+        assert (received.message, received.key) == (HELLO, key.public)
+        assert learner.gate.name(received.key) == FIRST
+        assert learner.send(received.peer, Goodbye())
+        assert actor.receive(5).message == Goodbye()
+    assert learner.gate.refused == 0
+
+
+@pytest.mark.parametrize("kind", ["stranger", "another run's learner", "no key"])
+def test_everybody_else_is_refused_in_words(ring, learner, kind):
+    key = first_key(ring)
+    key = {"stranger": with_other(key), "another run's learner": with_other(key, learner=True), "no key": None}[kind]
+    said = {"stranger": "does not let this key in", "no key": "wants a key: expected --key FILE"}.get(kind)
+    with RolloutSender(learner.address, key) as actor:
+        if said is None:  # nothing tells that from a learner that is not there yet
+            with pytest.raises(TimeoutError, match="none is there, or the key is another run's"):
+                actor.send(HELLO, timeout_s=1.0)
+        else:
+            with pytest.raises(RunFailedError, match=said):
+                actor.send(HELLO, timeout_s=20)
+            assert not actor.offer(Lease())
+    assert list(learner.receive(0.2)) == []
+    assert learner.gate.refused == (kind == "stranger")
+
+
+def test_a_key_where_none_is_wanted_is_refused_in_words(ring):
+    with RolloutReceiver("tcp://127.0.0.1:*") as plain, RolloutSender(plain.address, first_key(ring)) as actor:
+        with pytest.raises(RunFailedError, match="does not take keys"):
+            actor.send(HELLO, timeout_s=20)
+        assert list(plain.receive(0.2)) == []
+
+
+def test_beyond_loopback_nothing_listens_without_keys_unless_that_is_said(ring):
+    with pytest.raises(UsageError, match="leaves this machine, and there are no keys"):
+        RolloutReceiver("tcp://0.0.0.0:*")
+    with RolloutReceiver("tcp://0.0.0.0:*", insecure=True) as receiver:
+        assert receiver.gate is None
+
+
+def test_without_an_authenticator_nobody_is_let_in(ring, learner):
+    """ZeroMQ's own default is to let every key in."""
+    learner.gate.close()
+    with RolloutSender(learner.address, first_key(ring)) as actor, pytest.raises((TimeoutError, RunFailedError)):
+        actor.send(HELLO, timeout_s=1.0)
+    assert list(learner.receive(0.2)) == []
+
+
+def test_a_key_that_is_made_while_the_learner_runs_is_let_in(ring, learner):
+    key = read_actor_key(ring.add("late"))
+    poll(lambda: list(learner.receive(0.05)) or learner.gate.name(key.public), "the key to be seen")
+    with RolloutSender(learner.address, key) as actor:
+        actor.send(HELLO)
+        assert hear(learner).key == key.public
+
+
+def test_what_comes_with_a_revoked_key_is_no_message_any_more(ring, learner):
+    key = first_key(ring)
+    with RolloutSender(learner.address, key) as actor:
+        actor.send(HELLO)
+        peer = hear(learner).peer
+        ring.revoke(FIRST)
+        poll(lambda: list(learner.receive(0.05)) or learner.gate.name(key.public) is None, "the revocation to be seen")
+        actor.send(Lease(1))
+        received = hear(learner)
+        assert isinstance(received.message, WireError)
+        assert (received.message.reason, received.key) == ("key", "")
+        assert learner.send(peer, Refusal("why"))
+        learner.cut(peer, key.public)
+        assert actor.receive(5).message == Refusal("why")
+        for _ in range(100):
+            actor.offer(Lease(2))
+        assert list(learner.receive(0.3)) == []
+        assert not learner.send(peer, Goodbye())
+    with RolloutSender(learner.address, key) as again, pytest.raises(RunFailedError, match="does not let this key in"):
+        again.send(HELLO, timeout_s=20)
+
+
+def test_a_key_that_was_cut_off_may_come_back_later(ring, learner, monkeypatch):
+    monkeypatch.setattr("rustyrl.curve.BARRED_S", 1.0)
+    key = first_key(ring)
+    assert [learner.gate.bar(key.public) for _ in range(3)] == [1.0, 2.0, 4.0]
+    with RolloutSender(learner.address, key) as actor, pytest.raises(RunFailedError, match="cut off for a while"):
+        actor.send(HELLO, timeout_s=20)
+    monkeypatch.setattr("rustyrl.curve.BARRED_MAX_S", 0.1)
+    learner.gate.bar(key.public)
+    time.sleep(0.2)
+    with RolloutSender(learner.address, key) as actor:
+        actor.send(HELLO)
+        assert hear(learner).key == key.public
+
+
+def test_what_was_overheard_is_of_no_use_on_another_connection_nor_twice_on_the_same(ring, learner):
+    proxy = Proxy(port_of(learner.address))
+    proxy.start()
+    with RolloutSender(f"tcp://127.0.0.1:{proxy.port}", first_key(ring)) as actor:
+        actor.send(HELLO)
+        assert hear(learner).message == HELLO
+        overheard = b"".join(proxy.recorded)
+        count = len(proxy.recorded)
+        actor.send(Lease(7), b"a blob that is easy to find")
+        assert hear(learner).message == Lease(7)
+        message = b"".join(proxy.recorded[count:])
+        assert b"a blob that is easy" not in message  # it is encrypted
+        assert len(message) > 27
+        with socket.create_connection(("127.0.0.1", port_of(learner.address))) as thief:
+            thief.sendall(overheard + message)
+            until_closed(thief)
+        assert list(learner.receive(0.2)) == []
+        proxy.inject(message)  # the same bytes again, where they were good once
+        assert proxy.closed.wait(20)
+        assert list(learner.receive(0.2)) == []
+    assert learner.gate.refused == 0
+
+
+def test_ipv6_and_names_of_machines(ring):
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    try:
+        receiver = RolloutReceiver("tcp://[::1]:*", ring)
+    except UsageError:
+        pytest.skip("no IPv6 here")
+    with receiver, RolloutSender(receiver.address, first_key(ring)) as actor:
+        assert receiver.address.startswith("tcp://[::1]:")
+        actor.send(HELLO)
+        assert hear(receiver).message == HELLO
+
+
+# Whole clusters
+
+ACTOR = [sys.executable, "-c", "from rustyrl.cli import main; main()", "actor"]
+
+
+@pytest.fixture
+def join() -> Iterator:
+    """Start ``rustyrl actor ...``; everything is killed after the test."""
+    actors: list[subprocess.Popen] = []
+
+    def begin(*arguments: str, key: bytes = b"") -> subprocess.Popen:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        actor = subprocess.Popen([*ACTOR, *arguments], **pipes)
+        actors.append(actor)
+        if key:
+            actor.stdin.write(key)
+        actor.stdin.close()
+        return actor
+
+    yield begin
+    for actor in actors:
+        actor.kill()
+        actor.wait(10)
+        actor.stdout.close()
+
+
+def begin(start):
+    cluster = start(*ENDLESS, "--actors", "1", "--listen", "tcp://0.0.0.0:0", "--set", "run.checkpoint_every=2")
+    status = await_status(cluster, lambda status: contributing(status) == {0: 4}, "the first actor")
+    assert status["link"]["security"] == "curve"
+    return cluster, status["link"]["address"]
+
+
+def secrets(cluster) -> list[str]:
+    ring = KeyRing(cluster.run / "keys")
+    return [ring.learner().secret, *(read_actor_key(ring.path(name)).secret for name in (FIRST, LAUNCHED))]
+
+
+def shown(cluster, others: list[subprocess.Popen]) -> Iterator[tuple[str, bytes]]:
+    """Everything that others than their owner may come to see: files, arguments, environments, what was said."""
+    for path in cluster.run.rglob("*"):
+        if path.is_file() and path.parent.name != "keys":
+            yield str(path), path.read_bytes()
+    launcher = psutil.Process(cluster.process.pid)
+    ours = [launcher, *launcher.children(recursive=True), *(psutil.Process(other.pid) for other in others)]
+    assert len(ours) >= 3
+    for process in ours:
+        for what in ("cmdline", "environ"):
+            yield f"{what} of {process.pid}", Path(f"/proc/{process.pid}/{what}").read_bytes()
+    for text in cluster.said():
+        yield "the launcher's output", text.encode()
+    for arguments in (
+        ["status"],
+        ["status", "--json"],
+        ["keys", "list"],
+        ["keys", "list", "--json"],
+        ["runs", "--json"],
+    ):
+        code, out, err = rustyrl(*arguments, *([] if arguments[0] == "runs" else ["--run", str(cluster.run)]))
+        assert code == 0, err
+        yield " ".join(arguments), (out + err).encode()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_actors_of_other_machines_join_with_a_key_and_a_revoked_one_is_cut_off(start, join):
+    cluster, link = begin(start)
+    key = cluster.run / "keys" / f"{FIRST}.key"
+    line = next(line for line in cluster.said()[1].splitlines() if "on another machine" in line)
+    assert f"{key} ." in line
+    assert f"rustyrl actor --join tcp://{line.partition('--join tcp://')[2].split()[0]} --key default.key" in line
+    actor = join("--join", link, "--key", "-", key=key.read_bytes())
+    await_status(cluster, lambda status: contributing(status) == {0: 2, 1000: 2}, "the other actor")
+    crashed = psutil.Process(cluster.children("rustyrl_learner")[0].pid)
+    os.kill(crashed.pid, signal.SIGSEGV)  # a crash is recorded, and the next learner has the same keys
+    status = await_status(cluster, lambda s: contributing(s) == {0: 2, 1000: 2} and s["learner"]["restarts"], "both")
+    assert {row["index"]: row["key"] for row in status["actors"]} == {0: LAUNCHED, 1000: FIRST}
+    assert status["crashes"]
+    found = secrets(cluster)
+    for where, content in shown(cluster, [actor]):
+        assert not any(secret.encode() in content for secret in found), where
+    plain = join("--join", link)
+    assert plain.wait(60) == 1
+    assert b"wants a key" in plain.stdout.read()
+    assert rustyrl("keys", "revoke", FIRST, "--run", str(cluster.run))[0] == 0
+    assert actor.wait(60) == 1
+    assert b"was revoked" in actor.stdout.read()
+    status = await_status(cluster, lambda status: contributing(status) == {0: 4}, "all worlds to be with the first")
+    assert status["wire"]["refused_handshakes"] == 0
+    assert status["actor_restarts"] == 0
+    await_more(cluster, 3)
+    end(cluster)
+
+
+def test_an_insecure_link_is_said_loudly_and_joined_without_a_key(start, join):
+    cluster = start(*ENDLESS, "--actors", "0", "--listen", "tcp://0.0.0.0:0", "--insecure")
+    status = await_status(cluster, lambda status: status["link"]["address"], "a listening learner")
+    assert status["link"]["security"] == "insecure"
+    assert not (cluster.run / "keys").exists()
+    actor = join("--join", status["link"]["address"], "--insecure")
+    await_status(cluster, lambda status: contributing(status) == {1000: 4}, "the actor")
+    assert "WARNING: --insecure" in cluster.said()[1]
+    assert "! insecure" in rustyrl("status", "--run", str(cluster.run))[1]
+    end(cluster)
+    assert actor.wait(60) == 0
+    assert b"WARNING: --insecure" in actor.stdout.read()
+
+
+def speed(cluster, seconds: float = 6.0) -> float:
+    """Env steps trained per second, over some time."""
+    figures = []
+    for _ in range(2):
+        learner = verb(cluster, "status")["learner"]
+        figures.append((learner["steps"], time.monotonic()))
+        if len(figures) == 1:
+            time.sleep(seconds)
+    (before, since), (after, now) = figures
+    return (after - before) / (now - since)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(300)
+def test_ten_thousand_refused_handshakes_leave_training_and_logs_alone(start):
+    cluster, link = begin(start)
+    before = speed(cluster)
+    logs = [cluster.run / "logs" / "learner.log", cluster.run / "logs" / "actor-0.log"]
+    sizes = [path.stat().st_size for path in logs]
+    server = first_key(KeyRing(cluster.run / "keys")).learner.encode()
+    started, tried = time.monotonic(), 0
+    during = []
+    measured = threading.Thread(target=lambda: during.append(speed(cluster)))
+    measured.start()
+    with zmq.Context() as context:
+        while tried < 10_000:
+            public, secret = zmq.curve_keypair()
+            batch, watched = [], zmq.Poller()
+            for _ in range(50):
+                stranger = context.socket(zmq.DEALER)
+                stranger.linger = 0
+                stranger.curve_serverkey, stranger.curve_publickey, stranger.curve_secretkey = server, public, secret
+                monitor = stranger.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+                watched.register(monitor, zmq.POLLIN)
+                stranger.connect(link)
+                batch.append((stranger, monitor))
+            waiting = {monitor for _, monitor in batch}
+            while waiting:
+                ready = dict(watched.poll(20_000))
+                assert ready, "a handshake that nobody refuses"
+                for monitor in ready:
+                    watched.unregister(monitor)
+                    waiting.discard(monitor)
+            for stranger, monitor in batch:
+                stranger.disable_monitor()
+                monitor.close()
+                stranger.close()
+            tried += len(batch)
+    took = time.monotonic() - started
+    measured.join()
+    print(f"{tried / took:,.0f} refused handshakes/s; steps/s {before:,.0f} before, {during[0]:,.0f} meanwhile")
+    await_status(cluster, lambda status: status["wire"]["refused_handshakes"] == tried, "all to be counted")
+    assert [path.stat().st_size for path in logs] == sizes
+    await_more(cluster, 3)
+    status = verb(cluster, "status")
+    assert contributing(status) == {0: 4}
+    assert status["tickets"]["lost"] == status["learner"]["restarts"] == status["actor_restarts"] == 0
+    end(cluster)
+
+
+@pytest.mark.faults
+def test_hundreds_of_half_open_connections_are_closed_while_training_goes_on(start):
+    cluster, link = begin(start)
+    learner = cluster.children("rustyrl_learner")[0]
+    idle = learner.num_fds()
+    before = speed(cluster)
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x01CURVE".ljust(24, b"\0") + bytes(31)
+    half = bytes([4, 200, 5]) + b"HELLO" + bytes(50)  # a command that says it is longer
+    opened = []
+    try:
+        for number in range(300):
+            connection = socket.create_connection(("127.0.0.1", port_of(link)))
+            connection.sendall((b"", greeting[:10], greeting, greeting + half)[number % 4])
+            opened.append(connection)
+        most = learner.num_fds()
+        during = speed(cluster)
+        for connection in opened:
+            until_closed(connection)
+    finally:
+        for connection in opened:
+            connection.close()
+    poll(lambda: learner.num_fds() <= idle + 2, "descriptors to be given back")
+    print(f"descriptors {idle} idle, {most} at most; steps/s {before:,.0f} before, {during:,.0f} meanwhile")
+    await_more(cluster, 3)
+    assert contributing(verb(cluster, "status")) == {0: 4}
+    end(cluster)
