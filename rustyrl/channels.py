@@ -29,7 +29,7 @@ from zmq.utils.monitor import parse_monitor_message
 from rustyrl.addresses import security_of
 from rustyrl.curve import Gate
 from rustyrl.errors import RunFailedError, UsageError, WireError
-from rustyrl.wire import MAX_BLOB_BYTES, Goodbye, Message, decode_header, encode_message
+from rustyrl.wire import MAX_BLOB_BYTES, MAX_HEADER_BYTES, WITH_BLOB, Goodbye, Message, decode_header, encode_message
 
 if TYPE_CHECKING:
     from rustyrl.keys import ActorKey, KeyRing
@@ -65,12 +65,14 @@ class Received:
     """One message: who sent it, its checked header, its blob (alive as long as this is).
 
     key: the public half of the key that it came with, where links are encrypted
+    size: bytes of all its frames
     """
 
     peer: bytes
     message: Message | WireError
     blob: memoryview
     key: str = ""
+    size: int = 0
 
 
 class _Sockets:
@@ -108,13 +110,21 @@ class _Sockets:
 class RolloutReceiver(_Sockets):
     """The learner's end of every link. Used by one thread, except `wake`."""
 
-    def __init__(self, listen: str, keys: KeyRing | None = None, *, insecure: bool = False) -> None:
+    def __init__(
+        self,
+        listen: str,
+        keys: KeyRing | None = None,
+        *,
+        insecure: bool = False,
+        largest_bytes: int = MAX_BLOB_BYTES,
+    ) -> None:
         """Listen.
 
         Args:
             listen: the address.
             keys: of those who may join, for an encrypted link.
             insecure: the user wants a link beyond this machine that is neither encrypted nor authenticated.
+            largest_bytes: of a blob; the link of who sends more is ended before it is taken in.
 
         Raises:
             UsageError: the address cannot be had, or leaves this machine without keys.
@@ -125,6 +135,7 @@ class RolloutReceiver(_Sockets):
         self._router = self._socket(zmq.ROUTER)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._router.setsockopt(zmq.MAXMSGSIZE, max(largest_bytes, 2 * MAX_HEADER_BYTES))
         try:
             if keys is not None:
                 self.gate = Gate(self._context, keys.folder, keys.allowed)
@@ -159,8 +170,11 @@ class RolloutReceiver(_Sockets):
                 frames = _receive_frames(self._router)
             except zmq.Again:
                 return
-            self.received_bytes += sum(map(len, frames))
-            yield _check_frames(frames, self.gate)
+            received = _check_frames(frames, self.gate)
+            del frames
+            self.received_bytes += received.size
+            yield received
+            del received
 
     def cut(self, peer: bytes, key: str = "") -> None:
         """Read no more of what a peer sends, and let its key, if there is one, not in again for a while.
@@ -437,19 +451,20 @@ def _receive_frames(opened: zmq.Socket[bytes]) -> list[zmq.Frame]:
 
 
 def _check_frames(frames: list[zmq.Frame], gate: Gate | None = None) -> Received:
-    peer, key = frames[0].bytes, ""
-    if gate is not None:
-        holder = gate.holder(frames[-1])
-        if holder is None:
-            return Received(
-                peer, WireError("key", "it came with a key that is not, or no more, let in"), memoryview(b"")
-            )
-        key = holder
-    if len(frames) != 3:
-        return Received(
-            peer, WireError("frames", f"{len(frames) - 1} frames or more, expected 2"), memoryview(b""), key
-        )
+    peer, key, size = frames[0].bytes, "", sum(map(len, frames))
     try:
-        return Received(peer, decode_header(frames[1].buffer), frames[2].buffer, key)
+        if gate is not None:
+            holder = gate.holder(frames[-1])
+            if holder is None:
+                raise WireError("key", "it came with a key that is not, or no more, let in")
+            key = holder
+        if len(frames) != 3:
+            raise WireError("frames", f"{len(frames) - 1} frames or more, expected 2")
+        message, blob = decode_header(frames[1].buffer), frames[2].buffer
+        if len(blob) and not isinstance(message, WITH_BLOB):
+            raise WireError(
+                "malformed", f"{type(message).__name__} comes without a blob, this one has {len(blob)} bytes"
+            )
     except WireError as error:
-        return Received(peer, error, memoryview(b""), key)
+        return Received(peer, error, memoryview(b""), key, size)
+    return Received(peer, message, blob, key, size)

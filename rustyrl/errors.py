@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["ContractError", "RunFailedError", "UsageError", "WireError"]
+__all__ = ["ContractError", "RunFailedError", "UsageError", "WireError", "printable"]
+
+
+def printable(text: str) -> str:
+    """What others sent, for a terminal or a log: lines stay, what would steer a terminal does not."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
 class UsageError(Exception):

@@ -8,6 +8,7 @@ built from them. What fails raises `WireError` with a reason under which it is c
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Annotated, Any, Literal, get_args
 
@@ -57,6 +58,7 @@ __all__ = [
 WIRE_VERSION = 5
 MAX_HEADER_BYTES = 1 << 20
 MAX_BLOB_BYTES = 1 << 31
+MAX_STATE_BYTES = 1 << 26  # of one world: every actor may send one, so this bounds what a learner has to take in
 MAX_ARRAYS = 1024
 MAX_WORLDS = 65536
 _DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in get_args(DTypeName)}
@@ -64,6 +66,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 Count = Annotated[int, Meta(ge=0, le=2**62)]
 Text = Annotated[str, Meta(max_length=4096)]
+Host = Annotated[str, Meta(max_length=255, pattern=r"\A[ -~]*\Z")]  # it is shown on terminals
 Fingerprint = Annotated[str, Meta(max_length=64)]
 World = Annotated[int, Meta(ge=0, lt=MAX_WORLDS)]
 Worlds = Annotated[tuple[World, ...], Meta(min_length=1, max_length=MAX_WORLDS)]
@@ -79,7 +82,7 @@ class Hello(_Message, frozen=True, tag="hello"):
     index: Annotated[int, Meta(ge=-1, le=MAX_WORLDS)]
     incarnation: Count
     pid: Count
-    host: Text
+    host: Host
 
 
 class Welcome(_Message, frozen=True, tag="welcome"):
@@ -230,6 +233,8 @@ Message = (
 )
 
 
+WITH_BLOB = (RolloutHeader, WeightsHeader, WorldState)  # the blob of all others is empty
+
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(tuple[int, Message])
 
@@ -258,14 +263,25 @@ def decode_header(frame: bytes | memoryview) -> Message:
     if not isinstance(content, list) or len(content) != 2 or type(content[0]) is not int:
         raise WireError("malformed", "a header is [wire version, body]")
     if content[0] != WIRE_VERSION:
-        raise WireError(
-            "wire-version",
-            f"wire version {content[0]!r}, this side speaks {WIRE_VERSION}: install the same rustyrl",
-        )
+        ours = f"this side {WIRE_VERSION} (rustyrl {_release()})"
+        older = content[0] < WIRE_VERSION
+        remedy = f"install rustyrl {_release()} there" if older else "install that rustyrl here, too"
+        raise WireError("wire-version", f"the other side speaks wire version {content[0]}, {ours}: {remedy}")
     try:  # from the bytes again, which is faster than from what msgpack made of them; its limits hold for both
         return _DECODER.decode(frame)[1]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WireError("malformed", str(error)) from None
+
+
+@functools.cache
+def _release() -> str:
+    """The version of what is installed here."""
+    from importlib.metadata import PackageNotFoundError, version  # takes 30 ms, and is for refusals alone
+
+    try:
+        return version("rustyrl")
+    except PackageNotFoundError:
+        return "of this folder"
 
 
 def encode_rollout(rollout: Rollout) -> tuple[bytes, memoryview]:
@@ -361,8 +377,12 @@ def encode_world_state(
     listed = tuple(StateArray(name, array.shape, str(array.dtype)) for name, array in arrays.items())  # type: ignore[arg-type]
     blob = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays.values())
     header = WorldState(world, next_batch, built, listed)
-    if len(blob) > MAX_BLOB_BYTES or len(listed) > MAX_ARRAYS or len(encode_message(header)) > MAX_HEADER_BYTES:
-        raise WireError("oversize", f"the state of world {world} takes {len(blob)} bytes in {len(listed)} arrays")
+    if len(blob) > MAX_STATE_BYTES or len(listed) > MAX_ARRAYS or len(encode_message(header)) > MAX_HEADER_BYTES:
+        raise WireError(
+            "oversize",
+            f"the state of world {world} takes {len(blob)} bytes in {len(listed)} arrays, at most {MAX_STATE_BYTES} "
+            f"and {MAX_ARRAYS}",
+        )
     return header, blob
 
 

@@ -168,6 +168,18 @@ def await_learner(cluster: Cluster, incarnation: int) -> dict[str, Any]:
     return await_status(cluster, trains, f"learner {incarnation} to train")
 
 
+def speed(cluster: Cluster, seconds: float = 6.0) -> float:
+    """Env steps trained per second, over some time."""
+    figures = []
+    for _ in range(2):
+        learner = verb(cluster, "status")["learner"]
+        figures.append((learner["steps"], time.monotonic()))
+        if len(figures) == 1:
+            time.sleep(seconds)
+    (before, since), (after, now) = figures
+    return (after - before) / (now - since)
+
+
 def contributing(status: dict[str, Any]) -> dict[int, int]:
     """Worlds by index of the actors whose rollouts came in."""
     return {actor["index"]: actor["worlds"] for actor in status["actors"] if actor["rollouts"]}

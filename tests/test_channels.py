@@ -50,7 +50,7 @@ def test_a_large_blob_arrives_whole_and_its_tracker_says_when_memory_may_change(
     receiver, sender, _ = connected(tmp_path)
     with receiver, sender:
         block = np.arange(1 << 20, dtype=np.uint8)
-        tracker = sender.send(Lease(), block.data)
+        tracker = sender.send(WeightsHeader(0, 1), block.data)
         received = poll(lambda: list(receiver.receive(0.05)), "the blob")[0]
         assert np.array_equal(np.frombuffer(received.blob, np.uint8), block)
         tracker.wait(5)
@@ -61,7 +61,7 @@ def test_a_small_blob_is_copied_on_its_way_out_so_that_its_memory_may_change_at_
     receiver, sender, _ = connected(tmp_path)
     with receiver, sender:
         block = np.full(COPIED_BYTES - 1, 7, np.uint8)
-        sent = sender.send(Lease(), block.data)
+        sent = sender.send(WeightsHeader(0, 1), block.data)
         assert sent.done
         block[:] = 0
         received = poll(lambda: list(receiver.receive(0.05)), "the blob")[0]

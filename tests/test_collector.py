@@ -332,7 +332,7 @@ def test_another_wire_version_is_refused_with_what_to_do(collector):
         received = link.receive(10.0)
         assert received is not None
         assert isinstance(received.message, Refusal)
-        assert "install the same rustyrl" in received.message.reason
+        assert "install that rustyrl here, too" in received.message.reason
 
 
 def test_a_death_before_hello_does_not_keep_the_first_batch_waiting(tmp_path):

@@ -17,13 +17,13 @@ from pathlib import Path
 import psutil
 import pytest
 import zmq
-from clusters import ENDLESS, await_more, await_status, contributing, end, poll, rustyrl, verb
+from clusters import ENDLESS, await_more, await_status, contributing, end, poll, rustyrl, speed, verb
 
 from rustyrl.channels import Received, RolloutReceiver, RolloutSender
 from rustyrl.curve import make_pair
 from rustyrl.errors import RunFailedError, UsageError, WireError
 from rustyrl.keys import FIRST, LAUNCHED, ActorKey, KeyRing, read_actor_key
-from rustyrl.wire import Goodbye, Hello, Lease, Refusal
+from rustyrl.wire import Goodbye, Hello, Lease, Refusal, WeightsHeader
 
 HELLO = Hello(-1, 1, 2, "here")
 
@@ -203,8 +203,8 @@ def test_what_was_overheard_is_of_no_use_on_another_connection_nor_twice_on_the_
         assert hear(learner).message == HELLO
         overheard = b"".join(proxy.recorded)
         count = len(proxy.recorded)
-        actor.send(Lease(7), b"a blob that is easy to find")
-        assert hear(learner).message == Lease(7)
+        actor.send(WeightsHeader(0, 7), b"a blob that is easy to find")
+        assert hear(learner).message == WeightsHeader(0, 7)
         message = b"".join(proxy.recorded[count:])
         assert b"a blob that is easy" not in message  # it is encrypted
         assert len(message) > 27
@@ -336,18 +336,6 @@ def test_an_insecure_link_is_said_loudly_and_joined_without_a_key(start, join):
     end(cluster)
     assert actor.wait(60) == 0
     assert b"WARNING: --insecure" in actor.stdout.read()
-
-
-def speed(cluster, seconds: float = 6.0) -> float:
-    """Env steps trained per second, over some time."""
-    figures = []
-    for _ in range(2):
-        learner = verb(cluster, "status")["learner"]
-        figures.append((learner["steps"], time.monotonic()))
-        if len(figures) == 1:
-            time.sleep(seconds)
-    (before, since), (after, now) = figures
-    return (after - before) / (now - since)
 
 
 @pytest.mark.faults

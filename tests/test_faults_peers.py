@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -11,9 +12,11 @@ from contextlib import contextmanager
 
 import pytest
 import zmq
-from clusters import ENDLESS, await_more, await_status, contributing, end, poll, verb
+from clusters import ENDLESS, await_more, await_status, contributing, end, poll, speed, verb
 
 from rustyrl.channels import RolloutSender
+from rustyrl.errors import RunFailedError
+from rustyrl.keys import FIRST, read_actor_key
 from rustyrl.rollout import Rollout, RolloutOrigin, Ticket, allocate_rollout
 from rustyrl.spec import read_spec
 from rustyrl.wire import (
@@ -66,10 +69,7 @@ def hostile_messages(cluster) -> dict[str, list[bytes]]:
 
 
 class Flood(threading.Thread):
-    """Sends each kind of message in turn until it is to be ``quiet``; stays until it is ``over``.
-
-    What is on its way when a peer leaves is dropped with the first answer that cannot reach it.
-    """
+    """Sends each kind of message in turn until it is to be ``quiet``; whenever it is cut off, it comes again."""
 
     def __init__(self, address: str, messages: dict[str, list[bytes]]) -> None:
         super().__init__()
@@ -77,31 +77,35 @@ class Flood(threading.Thread):
         self._messages = messages
         self.sent = dict.fromkeys(messages, 0)
         self.seconds = 0.0
-        self.quiet, self.over = threading.Event(), threading.Event()
+        self.tries = 0
+        self.quiet = threading.Event()
 
     def run(self) -> None:
         started = time.monotonic()
-        with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-            socket.setsockopt(zmq.LINGER, 30_000)
-            socket.connect(self._address)
-            turn = 0
+        with zmq.Context() as context:
             while not self.quiet.is_set():
-                turn += 1
-                for reason, frames in self._messages.items():
-                    if reason == "oversize" and turn % 50:
-                        continue  # or it would be the memory that is measured
-                    if not socket.poll(10_000, zmq.POLLOUT):
-                        continue
-                    socket.send_multipart(frames)
-                    self.sent[reason] += 1
-                while socket.poll(0):
-                    socket.recv_multipart()
-                ahead = sum(self.sent.values()) / RATE - (time.monotonic() - started)
-                self.quiet.wait(max(0.0, ahead))
-            self.seconds = time.monotonic() - started
-            while not self.over.wait(0.01):
-                while socket.poll(0):
-                    socket.recv_multipart()
+                self.tries += 1
+                with context.socket(zmq.DEALER) as socket:
+                    socket.setsockopt(zmq.LINGER, 0)
+                    socket.connect(self._address)
+                    self._send_until_cut(socket, started)
+        self.seconds = time.monotonic() - started
+
+    def _send_until_cut(self, socket: zmq.Socket, started: float) -> None:
+        turn = 0
+        while not self.quiet.is_set():
+            turn += 1
+            for reason, frames in self._messages.items():
+                if reason == "oversize" and turn % 50 > 1:
+                    continue  # or it would be the memory that is measured
+                if not socket.poll(500, zmq.POLLOUT):
+                    return
+                socket.send_multipart(frames)
+                self.sent[reason] += 1
+            while socket.poll(0):
+                socket.recv_multipart()
+            ahead = sum(self.sent.values()) / RATE - (time.monotonic() - started)
+            self.quiet.wait(max(0.0, ahead))
 
 
 @contextmanager
@@ -112,24 +116,27 @@ def flood(address: str, messages: dict[str, list[bytes]]) -> Iterator[Flood]:
         yield thread
     finally:
         thread.quiet.set()
-        thread.over.set()
         thread.join(60)
 
 
 @pytest.mark.faults  # tests/test_verbs.py has a handful of them in the default run
 @pytest.mark.timeout(300)
-def test_a_flood_of_hostile_messages_is_counted_to_the_last_and_harms_nothing(start):
+def test_a_flood_of_hostile_messages_is_cut_off_each_time_and_harms_nothing(start):
     cluster = start(*ENDLESS, "--actors", "2")
     await_status(cluster, lambda status: contributing(status) == {0: 2, 1: 2}, "both")
     messages = hostile_messages(cluster)
+    before = speed(cluster)
     with flood(link_of(cluster), messages) as hostile:
         poll(lambda: all(hostile.sent.values()), "some of each")
-        await_more(cluster, 30)
+        during = speed(cluster)
+        await_status(cluster, lambda status: status["wire"]["refused_messages"].get("flood", 0) >= 3, "three cuts")
         hostile.quiet.set()
         poll(lambda: hostile.seconds, "silence")
-        print(f"{sum(hostile.sent.values()) / hostile.seconds:,.0f} messages/s")
-        expected = {reason: count for reason, count in hostile.sent.items() if count}
-        await_status(cluster, lambda status: status["wire"]["refused_messages"] == expected, f"{expected}")
+        print(f"{sum(hostile.sent.values()) / hostile.seconds:,.0f} messages/s in {hostile.tries} tries")
+        print(f"steps/s {before:,.0f} before, {during:,.0f} meanwhile: {during / before:.0%}")
+    refused = verb(cluster, "status")["wire"]["refused_messages"]
+    assert refused.keys() == {*messages, "flood"}
+    assert all(refused[reason] <= count for reason, count in hostile.sent.items())
     await_more(cluster, 3)
     status = verb(cluster, "status")
     assert contributing(status) == {0: 2, 1: 2}
@@ -234,6 +241,44 @@ class Impostor:
         origin = {"fingerprint": self.fingerprint, "policy_name": "main", "ticket": ticket, "learner_incarnation": 0}
         origin |= {"actor_index": 1000, "actor_incarnation": 77}
         return encode_rollout(forged(self.cluster, RolloutOrigin(**{**origin, **changes})))
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("size", [0, 100_000])
+def test_an_actor_that_floods_is_cut_off_and_the_others_keep_their_share(start, size):
+    """One that has joined, has worlds and holds a key; what it does when it is cut off is to knock again."""
+    cluster = start(*ENDLESS, "--actors", "2", "--listen", "tcp://0.0.0.0:0")
+    await_status(cluster, lambda status: contributing(status) == {0: 2, 1: 2}, "both")
+    before = speed(cluster)
+    key = read_actor_key(cluster.run / "keys" / f"{FIRST}.key")
+    over, sent, tries = threading.Event(), [], []
+
+    def attack() -> None:
+        while not over.is_set():
+            tries.append(time.monotonic())
+            with RolloutSender(link_of(cluster), key) as link, contextlib.suppress(RunFailedError, TimeoutError):
+                link.send(Hello(-1, 77, 1, "elsewhere"), timeout_s=5.0)
+                while not over.is_set():
+                    link.send(WeightsHeader(0, 0) if size else Lease(1), bytes(size), timeout_s=0.5)
+                    sent.append(1)
+            over.wait(0.05)
+
+    flooder = threading.Thread(target=attack)
+    flooder.start()
+    try:
+        await_status(cluster, lambda status: status["wire"]["refused_messages"].get("flood"), "a cut")
+        during = speed(cluster)
+    finally:
+        over.set()
+        flooder.join(60)
+    print(f"{len(sent):,} messages in {len(tries)} tries; steps/s {before:,.0f} before, {during:,.0f} meanwhile: "
+          f"{during / before:.0%}")  # fmt: skip
+    status = await_status(cluster, lambda status: contributing(status) == {0: 2, 1: 2}, "both")
+    assert status["wire"]["refused_messages"]["flood"] <= 3
+    assert status["wire"]["refused_handshakes"] > 0
+    assert status["actor_restarts"] == status["learner"]["restarts"] == 0
+    end(cluster)
 
 
 @pytest.mark.faults

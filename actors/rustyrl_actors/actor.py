@@ -10,7 +10,7 @@ import time
 
 from rustyrl.black_box import BlackBox
 from rustyrl.channels import RolloutSender
-from rustyrl.errors import ContractError, RunFailedError, UsageError, WireError
+from rustyrl.errors import ContractError, RunFailedError, UsageError, WireError, printable
 from rustyrl.keys import ActorKey
 from rustyrl.stages import Stages
 from rustyrl.wire import (
@@ -59,7 +59,7 @@ def run_actor(address: str, index: int, incarnation: int, box: BlackBox | None, 
     """
     with RolloutSender(address, key) as link:
         try:
-            hello = Hello(index, incarnation, os.getpid(), socket.gethostname())
+            hello = Hello(index, incarnation, os.getpid(), _host())
             welcome = _join(link, hello)
             fleet = _build_fleet(link, welcome, incarnation, Pulse(link, box))
             try:
@@ -118,7 +118,8 @@ def _answer_tickets(link: RolloutSender, fleet: Fleet, hello: Hello) -> None:
                 link.send(Goodbye(), timeout_s=1.0)
                 return
             case Refusal(reason):
-                raise RunFailedError(f"the learner refused this actor: {reason}")
+                beside = f"; this actor has {fleet.spaces}" if fleet.fingerprint in reason else ""
+                raise RunFailedError(f"the learner refused this actor: {printable(reason)}{beside}")
 
 
 def _send_worlds(link: RolloutSender, fleet: Fleet, request: HandOver | Snapshot) -> None:
@@ -143,10 +144,15 @@ def _join(link: RolloutSender, hello: Hello) -> Welcome:
             case Welcome() as welcome:
                 return welcome
             case Refusal(reason):
-                raise RunFailedError(f"the learner refused this actor: {reason}")
+                raise RunFailedError(f"the learner refused this actor: {printable(reason)}")
             case Goodbye():
                 raise RunFailedError("the run is over")
     raise TimeoutError(f"the learner did not answer within {JOIN_S:.0f} s")
+
+
+def _host() -> str:
+    """The name of this machine, as the wire takes it."""
+    return socket.gethostname()[:255].encode("ascii", "replace").decode()
 
 
 def _build_fleet(link: RolloutSender, welcome: Welcome, incarnation: int, pulse: Pulse) -> Fleet:

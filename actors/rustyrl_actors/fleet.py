@@ -11,6 +11,7 @@ import msgspec
 from rustyrl.channels import Sent
 from rustyrl.errors import RunFailedError, WireError
 from rustyrl.rollout import Rollout, RolloutOrigin, Ticket, allocate_rollout
+from rustyrl.spec import spaces_text
 from rustyrl.stages import Stages
 from rustyrl.weights import Weights
 from rustyrl.wire import (
@@ -68,6 +69,11 @@ class Fleet:
     def fingerprint(self) -> str:
         """The environment's."""
         return self._source.spec.fingerprint
+
+    @property
+    def spaces(self) -> str:
+        """Those of its environment, in words."""
+        return spaces_text(self._source.spec.observation, self._source.spec.action)
 
     def follow(self, welcome: Welcome) -> None:
         """Belong to another learner of the same run, or to the same one anew."""

@@ -14,7 +14,8 @@ import msgspec
 
 from rustyrl.channels import Received, RolloutReceiver
 from rustyrl.config import Config
-from rustyrl.errors import ContractError, RunFailedError, WireError
+from rustyrl.errors import ContractError, RunFailedError, WireError, printable
+from rustyrl.limits import Allowance, largest_message
 from rustyrl.rollout import Ticket
 from rustyrl.spec import EnvironmentSpec
 from rustyrl.stages import Stages
@@ -98,6 +99,8 @@ class Collector:
         if first_version:
             self._book.worlds_restarted = config.batch.worlds - len(self._kept)
         self._gathering: Gathering | None = None
+        batch = config.batch
+        self._allowance = Allowance(batch.worlds, batch.max_policy_lag, largest_message(spec, config))
         self._filling: dict[int, BatchBuffer] = {}
         self._done: set[int] = set()
         self._next_batch = first_version
@@ -179,7 +182,8 @@ class Collector:
         try:
             while not self._stopping.is_set():
                 for received in self._receiver.receive(FULL_POLL_S if self._outbox.peers else POLL_S):
-                    self._handle(received)
+                    if not self._handle(received):
+                        self._bear(received)
                     del received
                 self._follow_orders()
                 self._roster.check_keys()
@@ -202,8 +206,15 @@ class Collector:
             if isinstance(error, ContractError | RunFailedError):  # else this process is replaced, and actors wait
                 self._roster.say_goodbye()
 
-    def _handle(self, received: Received) -> None:
-        """Take in one message of whoever sent it."""
+    def _bear(self, received: Received) -> None:
+        """Cut off who sends more than anybody asked for."""
+        if not self._allowance.spend(received.peer, received.size, time.monotonic()):
+            self._roster.count("flood")
+            why = "flood: it sent more messages that nobody asked for than an actor ever does"
+            self._roster.cut_off(received.peer, received.key, why)
+
+    def _handle(self, received: Received) -> bool:
+        """Take in one message of whoever sent it; whether it was asked for."""
         peer, actor = received.peer, self._roster.actors.get(received.peer)
         if actor is not None and received.key not in (
             "",
@@ -211,7 +222,7 @@ class Collector:
         ):  # its link was taken over by a name that nobody else knew
             self._roster.count("other-key")
             self._roster.cut_off(peer, received.key, "another key than its own came under its name")
-            return
+            return False
         match received.message:
             case Hello() as hello:
                 self._roster.welcome(peer, hello, received.key)
@@ -227,38 +238,42 @@ class Collector:
                 self._roster.count("unknown-peer")
                 self._receiver.send(peer, Rejoin())
             case message if actor is not None:
-                self._handle_actor(peer, actor, message, received.blob)
+                return self._handle_actor(peer, actor, message, received.blob)
             case other:
                 self._roster.count(f"unexpected-{type(other).__name__.lower()}")
+        return False
 
-    def _handle_actor(self, peer: bytes, actor: Actor, message: Message, blob: memoryview) -> None:
-        """Take in what an actor says that has said hello."""
+    def _handle_actor(self, peer: bytes, actor: Actor, message: Message, blob: memoryview) -> bool:
+        """Take in what an actor says that has said hello; whether it was asked for."""
         if not isinstance(message, Lease):
             actor.seen = time.monotonic()
         match message:
             case RolloutHeader() as header:
-                self._take_rollout(peer, actor, header, blob)
+                return self._take_rollout(peer, actor, header, blob)
             case Lease(steps):
                 self._roster.renew(peer, actor, steps)
             case Ready(fingerprint):
                 self._roster.admit(peer, actor, fingerprint)
             case WorldState() as state:
                 if self._gathering is not None and self._gathering.take(peer, state, blob):
-                    pass
-                elif self._book.gives(peer, state.world):  # else it came too late
+                    return True
+                if self._book.gives(peer, state.world):  # else it came too late
                     self._pass_on(state, blob)
+                    return True
             case Fault(reason) if actor.ready:
-                raise ContractError(reason)
+                raise ContractError(printable(reason))
             case Goodbye() | Refusal():
                 self._roster.lose(peer, "it left")
             case other:
                 self._roster.count(f"unexpected-{type(other).__name__.lower()}")
+        return False
 
-    def _take_rollout(self, peer: bytes, actor: Actor, header: RolloutHeader, blob: memoryview) -> None:
+    def _take_rollout(self, peer: bytes, actor: Actor, header: RolloutHeader, blob: memoryview) -> bool:
+        """Take in a rollout; whether it answers a ticket."""
         ticket = Ticket(header.batch, header.policy_version, header.worlds)
         if not self._book.owes(peer, ticket) or header.actor_incarnation != actor.hello.incarnation:
             self._roster.count("ticket")
-            return
+            return False
         actor.asked.pop(ticket, None)
         try:
             with self._stages("decode"):
@@ -270,7 +285,7 @@ class Collector:
             if not self._book.reject(peer, ticket, error.reason):
                 self._receiver.send(peer, Refusal(f"its rollouts were refused three times, last for {error}"))
                 self._roster.lose(peer, f"its rollouts are refused: {error}")
-            return
+            return True
         buffer = self._filling.get(ticket.batch)
         if buffer is None:
             buffer = self._filling[ticket.batch] = self._free.pop()
@@ -287,6 +302,7 @@ class Collector:
             complete.receive_s = self._stages.take()
             self._complete.put(complete)
             self._next_batch += 1
+        return True
 
     def _follow_orders(self) -> None:
         while self._orders:

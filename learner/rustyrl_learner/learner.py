@@ -25,6 +25,7 @@ from rustyrl.config import Config
 from rustyrl.errors import ContractError, RunFailedError, UsageError
 from rustyrl.goal import evaluation_conditions
 from rustyrl.keys import KeyRing
+from rustyrl.limits import largest_message
 from rustyrl.run_folder import read_best
 from rustyrl.spec import EnvironmentSpec
 from rustyrl.stages import Stages
@@ -114,7 +115,10 @@ class Learner:
         self._log = MetricsLog(run, self._counters.policy_version)
         curve = security_of(listen, insecure=config.cluster.insecure) == "curve"
         self._receiver = RolloutReceiver(
-            listen, KeyRing(run / "keys") if curve else None, insecure=config.cluster.insecure
+            listen,
+            KeyRing(run / "keys") if curve else None,
+            insecure=config.cluster.insecure,
+            largest_bytes=largest_message(spec, config),
         )
         self._collector = Collector(
             self._receiver,

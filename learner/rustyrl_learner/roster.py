@@ -10,7 +10,7 @@ from typing import Any
 from rustyrl.channels import RolloutReceiver
 from rustyrl.config import Config
 from rustyrl.rollout import Ticket
-from rustyrl.spec import EnvironmentSpec
+from rustyrl.spec import EnvironmentSpec, spaces_text
 from rustyrl.wire import Goodbye, Hello, Lease, Refusal, Welcome
 from rustyrl_learner.tickets import TicketBook
 
@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 STANDSTILL_S = 1.0  # the receive thread turns at least twice as often, unless its process is stopped
 PROBE_S = 1.0  # how often an actor hears that the learner lives, and the learner whether it can be reached
 FIRST_BY_HAND = 1000  # actors that ask for no index get one from here on: those below are the launcher's
+MAX_ACTORS = 4096  # more than there are tickets for
 GOODBYE_S = 1.0  # for actors to finish their unroll and hear that the run is over
 
 
@@ -71,6 +72,10 @@ class Roster:
         if peer in self.actors:
             self.count("second-hello")
             return
+        if len(self.actors) >= MAX_ACTORS:
+            self.count("full")
+            self._receiver.send(peer, Refusal(f"the learner has {MAX_ACTORS} actors, and takes no more"))
+            return
         if hello.incarnation in self._dead:
             return  # what a process had sent before it ended
         taken = {actor.index for actor in self.actors.values()}
@@ -105,7 +110,8 @@ class Roster:
                 peer,
                 Refusal(
                     f"this run's environment {self._spec.env!r} has fingerprint {self._spec.fingerprint}, the actor's "
-                    f"has {fingerprint}: install the same code and set the same parameters on both sides"
+                    f"has {fingerprint}: install the same code and set the same parameters on both sides. The run has "
+                    f"{spaces_text(self._spec.observation, self._spec.action)[:2000]}"
                 ),
             )
             self.lose(peer, "it has another environment")
