@@ -56,13 +56,13 @@ class Allowance:
             now: on the monotonic clock (s).
         """
         left, since = self._left.pop(peer, (self.most, now))
-        left = min(self.most, left + (now - since) * UNASKED_S) - 1.0 - size_bytes * self._byte_cost
-        if left < 0:
-            return False
-        self._left[peer] = (left, now)  # at the end: the first are those that were heard least recently
+        left = min(self.most, left + (now - since) * UNASKED_S)
+        cost = 1.0 + size_bytes * self._byte_cost
+        granted = cost <= left
+        self._left[peer] = (left - cost * granted, now)  # at the end: the first were heard least recently
         while len(self._left) > 1 and self._is_whole(oldest := next(iter(self._left)), now):
             del self._left[oldest]  # as good as one that was never heard of
-        return True
+        return granted
 
     def __len__(self) -> int:
         """How many peers are remembered."""
