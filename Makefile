@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow test-faults docker-test verify-quick check format clean
+MUTATIONS ?= 1000000
+SEED ?= 1
+
+.PHONY: help setup train test test-slow test-faults docker-test fuzz verify-quick check format clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +29,7 @@ check: $(STAMP) ## the quick part of the tests: format, lint, types, import cont
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tests/forbidden.py
 
 test: check ## everything that CI runs
 	$(BIN)/pytest -n auto --dist worksteal
@@ -38,6 +42,9 @@ test-faults: $(STAMP) ## break clusters in every way for half an hour; FAULTS_MI
 
 docker-test: $(STAMP) ## build the images, and run, kill and scale a cluster of containers
 	$(BIN)/pytest -v -m docker tests/test_containers.py
+
+fuzz: $(STAMP) ## change a million messages, files and keys, and see each one read or refused; takes minutes
+	PYTHONPATH=tests $(BIN)/python tests/fuzzing.py --mutations $(MUTATIONS) --seed $(SEED)
 
 verify-quick: $(STAMP) ## hold learning on CartPole and Acrobot against published scores, in under 5 minutes
 	$(BIN)/rustyrl verify cartpole cartpole-zoo acrobot --seeds 1 --lag 1

@@ -41,6 +41,7 @@ __all__ = [
     "RolloutReceiver",
     "RolloutSender",
     "Sent",
+    "decode_control",
     "has_ipc",
 ]
 
@@ -366,9 +367,9 @@ class ControlServer(_Sockets):
                 frames = self._router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, ValueError, RecursionError):
-                peer, content = frames
-                yield peer, msgspec.json.decode(content, type=dict[str, Any])
+            peer, content = frames[0], decode_control(frames[1]) if len(frames) == 2 else None
+            if content is not None:
+                yield peer, content
 
     def send(self, peer: bytes, content: dict[str, Any]) -> None:
         """Answer or order; a peer that is gone is none of our business."""
@@ -415,6 +416,14 @@ class ControlClient(_Sockets):
         """Close the socket after what was sent has left, within a limit."""
         self._dealer.close(linger=1000)
         super().close()
+
+
+def decode_control(content: bytes) -> dict[str, Any] | None:
+    """What a message on the control socket says; None if it is no JSON object."""
+    try:
+        return msgspec.json.decode(content, type=dict[str, Any])
+    except (ValueError, RecursionError):  # of which msgspec's errors are
+        return None
 
 
 def has_ipc() -> bool:

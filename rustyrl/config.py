@@ -218,7 +218,7 @@ def read_config(path: Path) -> dict[str, dict[str, Any]]:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of ValueError are what is no TOML, and what is no text
         raise UsageError(f"{path} is not TOML: {error}") from None
     for section, values in content.items():
         if not isinstance(values, dict):
@@ -262,6 +262,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _parse_value(text: str) -> Any:
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
     return parsed["value"] if len(parsed) == 1 else text  # a line break would bring more keys

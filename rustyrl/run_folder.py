@@ -192,7 +192,7 @@ def list_runs(root: Path = RUNS) -> list[dict[str, Any]]:
         state = cluster.state if live or cluster.state in ("finished", "failed", "stopped") else "killed"
         row: dict[str, Any] = {"run": str(path.parent), "env": cluster.env, "state": state, "live": live}
         row["started"] = cluster.started
-        with contextlib.suppress(OSError, msgspec.DecodeError):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             row["summary"] = msgspec.json.decode((path.parent / "summary.json").read_bytes())
         rows.append(row)
     return sorted(rows, key=lambda row: row["started"], reverse=True)
@@ -258,7 +258,7 @@ def _is_empty(path: Path) -> bool:
 def _read(path: Path, kind: type[T]) -> T | None:
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, ValueError, RecursionError):  # of ValueError are msgspec's errors and bytes that are no text
         return None
 
 

@@ -249,8 +249,11 @@ def spec_to_json(spec: EnvironmentSpec) -> bytes:
 
 
 def read_spec(content: bytes) -> EnvironmentSpec:
-    """Decode and check a spec; raises `msgspec.ValidationError` naming the field that is wrong."""
-    return msgspec.json.decode(content, type=EnvironmentSpec)
+    """Decode and check a spec; raises `msgspec.DecodeError`, which names the field that is wrong."""
+    try:
+        return msgspec.json.decode(content, type=EnvironmentSpec)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(f"the spec is damaged: {error}") from None
 
 
 def spaces_text(observation: tuple[ArraySpec, ...], action: tuple[ActionSpec, ...]) -> str:

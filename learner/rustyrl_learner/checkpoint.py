@@ -174,7 +174,7 @@ def load_newest(folder: Path, fingerprint: str, warn: Callable[[str], None] = lo
     for path in reversed(found):
         try:
             manifest, data = _read(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             if isinstance(error, OSError) and error.errno in UNREADABLE:
                 raise RunFailedError(f"checkpoint {path} cannot be read, which says nothing of it: {error}") from None
             warn(f"checkpoint {path} is not whole ({error}), trying the one before")
