@@ -33,8 +33,11 @@ def make_pair() -> Pair:
 
 
 def public_of(secret: str) -> str:
-    """The public half that belongs to a secret one."""
-    return zmq.curve_public(secret.encode()).decode()
+    """The public half that belongs to a secret one; raises `ValueError`."""
+    try:
+        return zmq.curve_public(secret.encode()).decode()
+    except zmq.ZMQError:  # letters that Z85 has, and a number that it has not
+        raise ValueError("not half of a pair") from None
 
 
 class Gate:

@@ -113,7 +113,11 @@ class KeyRing:
     def learner(self) -> LearnerKey:
         """The learner's own pair; raises `UsageError`."""
         path = self.folder / "learner.key"
-        return _decode(_read_private(path), LearnerKey, str(path))
+        key = _decode(_read_private(path), LearnerKey, str(path))
+        with contextlib.suppress(ValueError):
+            if public_of(key.secret) == key.public:
+                return key
+        raise UsageError(f"{path} is damaged: its halves do not belong together; without it nobody can join")
 
     def add(self, name: str) -> Path:
         """Make a key of this name, which the learner lets in from now on; the file to hand on."""
@@ -181,8 +185,13 @@ def read_actor_key(path: Path) -> ActorKey:
 def parse_actor_key(content: bytes, source: str) -> ActorKey:
     """What an actor joins with, from the bytes that ``source`` gave; raises `UsageError`."""
     key = _decode(content, ActorKey, source)
-    if public_of(key.secret) != key.public:
-        raise UsageError(f"{source} is damaged: its two halves do not belong together; copy it again")
+    try:
+        public_of(key.learner)  # any half would do: it only has to be one
+        whole = public_of(key.secret) == key.public
+    except ValueError:
+        whole = False
+    if not whole:
+        raise UsageError(f"{source} is damaged: its halves do not belong together; copy it again")
     return key
 
 

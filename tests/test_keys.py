@@ -102,6 +102,8 @@ def test_no_text_about_a_broken_key_holds_its_secret(ring):
     broken = [content[:-20], content + content, b"\xff" * 10, b"[" * 4000, b"x" * 10_000]
     broken += [json.dumps({**key, field: value}).encode() for field in key for value in ("", 7, key["secret"] + "x")]
     broken += [json.dumps({**key, "more": 1}).encode(), json.dumps({**key, "public": key["learner"]}).encode()]
+    beyond = "%" * 5 + key["secret"][5:]  # five letters of Z85 that are more than 32 bits
+    broken += [json.dumps({**key, half: beyond}).encode() for half in ("learner", "public", "secret")]
     for bad in broken:
         with pytest.raises(UsageError, match="FILE") as caught:
             parse_actor_key(bad, "FILE")
