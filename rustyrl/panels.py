@@ -98,7 +98,11 @@ def lag_lines(lag_steps: dict[str, int], width: int, *, full: bool) -> list[Text
 def traffic_lines(status: dict[str, Any], width: int, *, full: bool) -> list[Text]:
     """Tickets by fate, and what crosses the wire."""
     tickets, wire = status["tickets"], status["wire"]
-    rejected, refused = tickets.get("rejected", {}), wire["refused_messages"]
+    knocked = wire["refused_handshakes"]
+    rejected, refused = (
+        tickets.get("rejected", {}),
+        wire["refused_messages"] | ({"knocked": knocked} if knocked else {}),
+    )
     lost = tickets.get("lost")
     fates: list[Cell] = [
         ("issued", short(tickets.get("issued"))),

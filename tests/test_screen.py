@@ -128,6 +128,7 @@ def test_what_keeps_a_run_from_learning_is_said_above():
     status["learner"]["findings"].append({"kind": "b", "message": "values have exploded", "steps": 2})
     assert screen(status)[2] == "! 2 findings, the newest: values have exploded"
     assert "!" not in shown(statuses.recorded())
+    assert "! insecure: whoever reaches" in shown(statuses.recorded(link={"address": "", "security": "insecure"}))
 
 
 def test_the_screen_in_the_documents_is_what_is_drawn():

@@ -22,6 +22,7 @@ from rustyrl.addresses import security_of
 from rustyrl.channels import ControlClient, RolloutReceiver
 from rustyrl.condition import meets
 from rustyrl.config import Config
+from rustyrl.descriptors import DescriptorWatch
 from rustyrl.errors import ContractError, RunFailedError, UsageError
 from rustyrl.goal import evaluation_conditions
 from rustyrl.keys import KeyRing
@@ -114,6 +115,7 @@ class Learner:
         self._diagnosis = Diagnosis(spec, config, self._counters.policy_version)
         self._log = MetricsLog(run, self._counters.policy_version)
         curve = security_of(listen, insecure=config.cluster.insecure) == "curve"
+        self._descriptors = DescriptorWatch()
         self._receiver = RolloutReceiver(
             listen,
             KeyRing(run / "keys") if curve else None,
@@ -420,6 +422,8 @@ class Learner:
             self._end_checkpoint(written)
         if time.monotonic() - self._reported > REPORT_S:
             self._report()
+        if warning := self._descriptors.look():
+            self._say(warning)
         return self._stop_by
 
     def _follow(self, order: dict[str, Any]) -> None:
