@@ -227,8 +227,7 @@ class Collector:
             case Hello() as hello:
                 self._roster.welcome(peer, hello, received.key)
             case WireError(reason="key") as error:
-                self._roster.count("key")
-                self._roster.cut_off(peer, "", str(error))
+                self._roster.revoke(peer, str(error))
             case WireError(reason=reason) as error:
                 self._roster.count(reason)
                 if actor is not None or reason == "wire-version":

@@ -162,9 +162,14 @@ class Roster:
         gate = self._receiver.gate
         if gate is None:
             return
-        for peer, actor in [(p, a) for p, a in self.actors.items() if gate.name(a.key) is None]:
-            self.count("key")
-            self.cut_off(peer, "", f"the key of actor {actor.index} was revoked")
+        for peer in [peer for peer, actor in self.actors.items() if gate.name(actor.key) is None]:
+            self.revoke(peer, "")
+
+    def revoke(self, peer: bytes, why: str) -> None:
+        """Cut off whose key is let in no more; ``why`` is for one that never said hello."""
+        actor = self.actors.get(peer)
+        self.count("key")
+        self.cut_off(peer, "", why if actor is None else f"the key of actor {actor.index} was revoked")
 
     def expire(self) -> None:
         """Give up who gave no sign of life for the time of a lease."""
