@@ -66,7 +66,7 @@ class Received:
     """One message: who sent it, its checked header, its blob (alive as long as this is).
 
     key: the public half of the key that it came with, where links are encrypted
-    size: bytes of all its frames
+    size, header_size: bytes of all its frames, and of the header, or what stands in its place
     """
 
     peer: bytes
@@ -74,6 +74,7 @@ class Received:
     blob: memoryview
     key: str = ""
     size: int = 0
+    header_size: int = 0
 
 
 class _Sockets:
@@ -460,7 +461,7 @@ def _receive_frames(opened: zmq.Socket[bytes]) -> list[zmq.Frame]:
 
 
 def _check_frames(frames: list[zmq.Frame], gate: Gate | None = None) -> Received:
-    peer, key, size = frames[0].bytes, "", sum(map(len, frames))
+    peer, key, sizes = frames[0].bytes, "", (sum(map(len, frames)), sum(map(len, frames[1:2])))
     try:
         if gate is not None:
             holder = gate.holder(frames[-1])
@@ -475,5 +476,5 @@ def _check_frames(frames: list[zmq.Frame], gate: Gate | None = None) -> Received
                 "malformed", f"{type(message).__name__} comes without a blob, this one has {len(blob)} bytes"
             )
     except WireError as error:
-        return Received(peer, error, memoryview(b""), key, size)
-    return Received(peer, message, blob, key, size)
+        return Received(peer, error, memoryview(b""), key, *sizes)
+    return Received(peer, message, blob, key, *sizes)

@@ -12,6 +12,7 @@ __all__ = ["Allowance", "largest_message"]
 UNASKED_S = 8.0  # messages a second that an actor may send unasked: it sends one lease
 SPARE = 256  # of them at once, beyond what follows
 LARGE_COST = 64.0  # what the largest message counts for, in small ones
+HEADER_BYTES = 4096  # count for one more: a header of 1 MiB may take 0.1 s to read, a blob is not read at all
 
 
 def largest_message(spec: EnvironmentSpec, config: Config) -> int:
@@ -47,17 +48,18 @@ class Allowance:
         self._byte_cost = LARGE_COST / largest_bytes
         self._left: dict[bytes, tuple[float, float]] = {}
 
-    def spend(self, peer: bytes, size_bytes: int, now: float) -> bool:
+    def spend(self, peer: bytes, size_bytes: int, header_bytes: int, now: float) -> bool:
         """Count a message that nobody asked for; False if that is more than its peer may send.
 
         Args:
             peer: who sent it.
             size_bytes: of all its frames.
+            header_bytes: of the header among them.
             now: on the monotonic clock (s).
         """
         left, since = self._left.pop(peer, (self.most, now))
         left = min(self.most, left + (now - since) * UNASKED_S)
-        cost = 1.0 + size_bytes * self._byte_cost
+        cost = 1.0 + size_bytes * self._byte_cost + header_bytes / HEADER_BYTES
         granted = cost <= left
         self._left[peer] = (left - cost * granted, now)  # at the end: the first were heard least recently
         while len(self._left) > 1 and self._is_whole(oldest := next(iter(self._left)), now):

@@ -50,18 +50,26 @@ def test_an_honest_actor_is_within_its_allowance_for_ever():
     allowance, now = Allowance(4, 1, 1000), 0.0
     for _ in range(100_000):
         now += 1.0
-        assert allowance.spend(b"actor", 100, now)
+        assert allowance.spend(b"actor", 100, 50, now)
 
 
 def test_a_flood_is_over_the_allowance_and_large_messages_the_sooner():
     for size in (0, 500, 1000):
         allowance, sent = Allowance(4, 1, 1000), 0
-        while allowance.spend(b"peer", size, 0.0):
+        while allowance.spend(b"peer", size, 0, 0.0):
             sent += 1
             assert sent <= allowance.most
         assert sent == int(allowance.most / (1 + LARGE_COST * size / 1000))
-        assert allowance.spend(b"another", size, 0.0)
+        assert allowance.spend(b"another", size, 0, 0.0)
     assert allowance.most >= SPARE
+
+
+def test_headers_that_take_long_to_read_are_over_it_the_soonest():
+    allowance, sent = Allowance(4, 1, 1 << 26), 0
+    while allowance.spend(b"peer", 1 << 20, 1 << 20, 0.0):
+        sent += 1
+        assert sent < 3
+    assert sent
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.floats(0, 3), st.integers(0, 2000)), max_size=200))
@@ -70,7 +78,7 @@ def test_no_peer_gets_more_than_its_allowance_whatever_others_send(messages):
     spent: dict[int, float] = {}
     for peer, pause, size in messages:
         now += pause
-        if allowance.spend(bytes([peer]), size, now):
+        if allowance.spend(bytes([peer]), size, 0, now):
             spent[peer] = spent.get(peer, 0.0) + 1 + LARGE_COST * size / 1000
             assert spent[peer] <= allowance.most + now * UNASKED_S + 1e-6
     assert len(allowance) <= 6
@@ -79,7 +87,7 @@ def test_no_peer_gets_more_than_its_allowance_whatever_others_send(messages):
 def test_peers_that_come_and_go_are_forgotten():
     allowance = Allowance(4, 1, 1000)
     for number in range(10_000):
-        allowance.spend(number.to_bytes(4, "big"), 0, number * 0.01)
+        allowance.spend(number.to_bytes(4, "big"), 0, 0, number * 0.01)
     assert len(allowance) < 100
 
 

@@ -208,7 +208,7 @@ class Collector:
 
     def _bear(self, received: Received) -> None:
         """Cut off who sends more than anybody asked for."""
-        if not self._allowance.spend(received.peer, received.size, time.monotonic()):
+        if not self._allowance.spend(received.peer, received.size, received.header_size, time.monotonic()):
             self._roster.count("flood")
             why = "flood: it sent more messages that nobody asked for than an actor ever does"
             self._roster.cut_off(received.peer, received.key, why)
