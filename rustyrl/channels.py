@@ -133,7 +133,7 @@ class RolloutReceiver(_Sockets):
         """
         super().__init__()
         self.gate: Gate | None = None
-        self._cutters: list[zmq.Socket[bytes]] = []
+        self._cutters: dict[bytes, zmq.Socket[bytes]] = {}  # by the peer whose name they take
         self._router = self._socket(zmq.ROUTER)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -161,7 +161,7 @@ class RolloutReceiver(_Sockets):
         """Wait for messages until one comes, `wake` is called or the time is over; then yield what is there."""
         ready = dict(self._poller.poll(max(0, int(timeout_s * 1000))))
         while self._cutters:  # the poll has let them have their way
-            self._cutters.pop().close()
+            self._cutters.popitem()[1].close()
         if self.gate is not None:
             self.gate.refresh()
         if self._wakened.fileno() in ready:
@@ -172,6 +172,8 @@ class RolloutReceiver(_Sockets):
                 frames = _receive_frames(self._router)
             except zmq.Again:
                 return
+            if frames[0].bytes in self._cutters:  # the rest of what it had sent
+                continue
             received = _check_frames(frames, self.gate)
             del frames
             self.received_bytes += received.size
@@ -183,10 +185,12 @@ class RolloutReceiver(_Sockets):
 
         ROUTER_HANDOVER gives a name to the newest who claims it, and ends the link of who had it before.
         """
+        if peer in self._cutters:
+            return
         cutter = self._context.socket(zmq.DEALER)
         cutter.setsockopt(zmq.IDENTITY, peer)
         cutter.connect(CUT)
-        self._cutters.append(cutter)
+        self._cutters[peer] = cutter
         if self.gate is not None and key:
             self.gate.bar(key)
 

@@ -180,7 +180,8 @@ def test_what_comes_with_a_revoked_key_is_no_message_any_more(ring, learner):
         for _ in range(100):
             actor.offer(Lease(2))
         assert list(learner.receive(0.3)) == []
-        assert not learner.send(peer, Goodbye())
+        poll(lambda: list(learner.receive(0.05)) or not learner.send(peer, Goodbye()), "nobody to be there")
+        assert list(learner.receive(0.05)) == []
     with RolloutSender(learner.address, key) as again, pytest.raises(RunFailedError, match="does not let this key in"):
         again.send(HELLO, timeout_s=20)
 
