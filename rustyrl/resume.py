@@ -116,6 +116,7 @@ RULES: dict[str, Rule] = {
     "cluster.actor_niceness": HONOURED,
     "cluster.auto": HONOURED,
     "cluster.listen": HONOURED,
+    "cluster.insecure": HONOURED,
     "cluster.expect": HONOURED,
     "cluster.start_deadline_s": HONOURED,
     "cluster.restarts": HONOURED,

@@ -29,7 +29,7 @@ from test_wire import MESSAGES, ORIGIN, SLOTS, SPEC, T, make_weights
 from rustyrl.channels import _check_frames, decode_control
 from rustyrl.config import Config, build_config, config_to_toml, parse_assignments, read_config
 from rustyrl.curve import make_pair
-from rustyrl.errors import ContractError, UsageError, WireError
+from rustyrl.errors import ContractError, RunFailedError, UsageError, WireError
 from rustyrl.keys import ActorKey, parse_actor_key
 from rustyrl.rollout import EpisodeRows, Rollout, allocate_rollout
 from rustyrl.run_folder import Best, ClusterFile, read_best, read_cluster
@@ -46,7 +46,7 @@ from rustyrl.wire import (
     encode_rollout,
     encode_world_state,
 )
-from rustyrl_learner.checkpoint import Counters, Manifest
+from rustyrl_learner.checkpoint import FORMAT, Counters, Manifest
 from rustyrl_learner.checkpoint import _read as read_checkpoint
 from rustyrl_learner.ingest import admit
 
@@ -208,7 +208,7 @@ def targets(folder: Path) -> dict[str, Target]:
     cluster = ClusterFile("drone", "running", 7, "ipc:///x", "ipc:///y", 3, 1.5)
     (folder / "learner.safetensors").write_bytes(b"x")
     digest = {"learner.safetensors": hashlib.sha256(b"x").hexdigest()}
-    manifest = msgspec.json.encode(Manifest(Counters(3, 4, 5.0, 0.1), SPEC.fingerprint, 0, digest))
+    manifest = msgspec.json.encode(Manifest(Counters(3, 4, 5.0, 0.1), SPEC.fingerprint, 0, digest, FORMAT))
     orders = [b'{"kind":"status"}', b'{"kind":"scale","actors":"+2","now":true}', b'{"kind":"relieve","index":3}']
     settings = config_to_toml(Config()).encode()
     assignments = b"run.seed=7\nenv.wind=0.5\nbatch.worlds=8\nrun.stop_at=['a>=1']\nppo.clip=0.1"
@@ -237,7 +237,9 @@ def targets(folder: Path) -> dict[str, Target]:
             JSON,
             8,
         ),
-        "manifest": Target([manifest], read_manifest(folder), (OSError, ValueError, RecursionError), JSON, 10),
+        "manifest": Target(
+            [manifest], read_manifest(folder), (OSError, ValueError, RecursionError, RunFailedError), JSON, 10
+        ),
     }
 
 
