@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import msgspec
 import zmq
@@ -49,7 +49,11 @@ WRITE_POLL_MS = 500  # how often a send that waits looks whether the learner sai
 HANDSHAKE_MS = 2000
 CUT = "inproc://cut"  # within the learner's context
 RECONNECT_MS = 100
-RECONNECT_MAX_MS = 2000
+RECONNECT_MAX_MS = 500
+CONNECT_MS = 1000  # for one try: a packet that is lost on the way to a network that comes back is sent again after 1 s
+# A tcp connection whose packets were not answered for so long is given up, on both sides: the kernel waits longer and
+# longer between two tries, and would notice a network that is back up to a minute late.
+UNANSWERED_MS = 4000
 # Messages that one peer may have waiting: tickets bound them to a handful, this bounds a hostile peer.
 HIGH_WATER_MARK = 256
 IDENTITY_BYTES = 16
@@ -106,6 +110,7 @@ class _Sockets:
         opened.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
         opened.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
         opened.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+        opened.setsockopt(zmq.TCP_MAXRT, UNANSWERED_MS)
         return opened
 
 
@@ -253,14 +258,18 @@ class RolloutSender(_Sockets):
         if "[" in address:
             self._dealer.setsockopt(zmq.IPV6, 1)
         refusals = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-        self._refusals = self._dealer.get_monitor_socket(refusals)
+        self._events = self._dealer.get_monitor_socket(refusals | zmq.EVENT_DISCONNECTED)
+        self._was_cut = False
+        self._poller = zmq.Poller()
+        self._poller.register(self._dealer, zmq.POLLIN)
+        self._poller.register(self._events, zmq.POLLIN)
         self._dealer.copy_threshold = COPIED_BYTES
         self._held: deque[Received] = deque()  # came while a send waited
         self._dealer.setsockopt(zmq.IDENTITY, os.urandom(IDENTITY_BYTES - 1) + b"a")
         self._dealer.setsockopt(zmq.IMMEDIATE, 1)
         self._dealer.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
         self._dealer.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
-        self._dealer.setsockopt(zmq.CONNECT_TIMEOUT, HANDSHAKE_MS)
+        self._dealer.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_MS)
         try:
             self._dealer.connect(address)
         except zmq.ZMQError as error:
@@ -285,7 +294,7 @@ class RolloutSender(_Sockets):
         """
         deadline = time.monotonic() + timeout_s
         while not self._dealer.poll(WRITE_POLL_MS, zmq.POLLOUT):
-            self._mind_refusals()
+            self._mind_events()
             while (received := self._receive_now()) is not None:
                 if isinstance(received.message, Goodbye):
                     raise ConnectionAbortedError("the learner said goodbye")
@@ -305,8 +314,14 @@ class RolloutSender(_Sockets):
             return False
         return True
 
+    @property
+    def was_cut(self) -> bool:
+        """Whether the connection broke since this was asked last: what was on its way, in either direction, is lost."""
+        found, self._was_cut = self._was_cut, False
+        return found
+
     def receive(self, timeout_s: float) -> Received | None:
-        """The next message, or None when the time is over.
+        """The next message, or None when the time is over or the connection broke.
 
         Raises:
             WireError: the learner sent something else than a message.
@@ -314,16 +329,22 @@ class RolloutSender(_Sockets):
         """
         if self._held:
             return self._held.popleft()
-        if not self._dealer.poll(max(0, int(timeout_s * 1000))):
-            self._mind_refusals()
-            return None
-        return self._receive_now()
+        ready = dict(self._poller.poll(max(0, int(timeout_s * 1000))))
+        if self._dealer in ready:
+            return self._receive_now()
+        self._mind_events()
+        return None
 
-    def _mind_refusals(self) -> None:
-        """Raise if the learner, or whoever is at its address, ended the handshake: it is not tried again."""
-        if not self._refusals.poll(0):
-            return
-        event = parse_monitor_message(self._refusals.recv_multipart())["event"]
+    def _mind_events(self) -> None:
+        """Note that the connection broke; raise if who listens ended the handshake, which is not tried again."""
+        while self._events.poll(0):
+            event = parse_monitor_message(self._events.recv_multipart())["event"]
+            if event == zmq.EVENT_DISCONNECTED:
+                self._was_cut = True
+            else:
+                self._refuse(event)
+
+    def _refuse(self, event: int) -> NoReturn:
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             raise RunFailedError(
                 "the learner does not let this key in: it was revoked, is another run's, or was cut off for a "

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,19 @@ def words(process: psutil.Process) -> list[str]:
 class Cluster:
     """A ``rustyrl`` process that the test started, and the run folder that it writes."""
 
-    def __init__(self, run: Path, arguments: list[str], cwd: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        run: Path,
+        arguments: list[str],
+        cwd: Path,
+        environment: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> None:
         self.run = run
         self._said = [cwd / f"{run.name}.{name}" for name in ("out", "err")]  # a pipe that nobody reads would fill up
         with self._said[0].open("wb") as out, self._said[1].open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", "from rustyrl.cli import main; main()", *arguments],
+                [*prefix, sys.executable, "-c", "from rustyrl.cli import main; main()", *arguments],
                 stdout=out,
                 stderr=err,
                 cwd=cwd,

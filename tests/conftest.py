@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,14 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
     """Start ``rustyrl VERB ... --run DIR``; everything is killed after the test."""
     clusters: list[Cluster] = []
 
-    def begin(*arguments: str, run: Path | None = None, environment: dict[str, str] | None = None) -> Cluster:
+    def begin(
+        *arguments: str,
+        run: Path | None = None,
+        environment: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> Cluster:
         run = run or tmp_path / f"run{len(clusters)}"
-        cluster = Cluster(run, [*arguments, "--run", str(run)], tmp_path, environment)
+        cluster = Cluster(run, [*arguments, "--run", str(run)], tmp_path, environment, prefix)
         clusters.append(cluster)
         return cluster
 

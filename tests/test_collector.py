@@ -164,17 +164,35 @@ def test_an_actor_whose_answers_are_refused_three_times_is_sent_away(collector):
         poll(lambda: not thread.snapshot()["actors"], "no actor")
 
 
-def test_a_second_hello_or_ready_changes_nothing(collector):
+def test_a_second_ready_changes_nothing(collector):
     thread, receiver = collector
     peer = Peer(receiver.address, 0, 1)
     with peer.link:
         peer.ready()
         ticket = peer.ticket()
-        peer.link.send(Hello(-1, 7, 7, "elsewhere"))
-        peer.ready()
+        peer.link.send(Ready(SPEC.fingerprint))
         peer.answer(ticket)
         assert thread.next_batch(10.0) is not None
-        poll(lambda: thread.snapshot()["refused_messages"] == {"second-hello": 1}, "the count")
+        assert thread.snapshot()["refused_messages"] == {}
+        assert len(thread.snapshot()["actors"]) == 1
+
+
+def test_who_says_hello_again_has_lost_its_connection_and_with_it_its_tickets(collector):
+    thread, receiver = collector
+    peer = Peer(receiver.address, 0, 1)
+    with peer.link:
+        peer.ready()
+        old = peer.ticket()
+        peer.hello()
+        peer.hello()  # it was not answered at once
+        assert [peer.next(Welcome).index, peer.next(Welcome).index] == [0, 0]
+        peer.link.send(Ready(SPEC.fingerprint))
+        new = peer.ticket()
+        assert (new.batch, new.worlds) == (old.batch, old.worlds)
+        peer.answer(new)
+        assert thread.next_batch(10.0) is not None
+        poll(lambda: tickets(thread)["lost"] == 1, "what was out to be lost")
+        assert thread.snapshot()["refused_messages"] == {"second-hello": 2}
         assert len(thread.snapshot()["actors"]) == 1
 
 

@@ -18,7 +18,6 @@ from rustyrl.wire import (
     Goodbye,
     HandOver,
     Hello,
-    Lease,
     Ready,
     Refusal,
     Rejoin,
@@ -87,6 +86,11 @@ def _answer_tickets(link: RolloutSender, fleet: Fleet, hello: Hello) -> None:
     while True:
         with stages("wait"):
             received = link.receive(LEASE_S)
+        if received is None and link.was_cut:
+            log.info("the connection to the learner broke: joining anew")
+            _rejoin(link, fleet, hello)
+            heard = time.monotonic()
+            continue
         if received is None:
             fleet.pulse.lease()
             if time.monotonic() - heard > AWAY_S:
@@ -111,8 +115,7 @@ def _answer_tickets(link: RolloutSender, fleet: Fleet, hello: Hello) -> None:
                 fleet.take(state, received.blob)
             case Rejoin():
                 log.info("the learner does not know this actor, or has a successor: joining anew")
-                fleet.follow(_join(link, hello))
-                link.send(Ready(fleet.fingerprint), timeout_s=AWAY_S)
+                _rejoin(link, fleet, hello)
             case Goodbye():
                 log.info("the run is over")
                 link.send(Goodbye(), timeout_s=1.0)
@@ -129,25 +132,32 @@ def _send_worlds(link: RolloutSender, fleet: Fleet, request: HandOver | Snapshot
         link.send(*state(world), timeout_s=AWAY_S)
 
 
-def _join(link: RolloutSender, hello: Hello) -> Welcome:
-    """Say hello and wait for the answer: the learner may still be starting. What came before it is of no account."""
-    deadline = time.monotonic() + JOIN_S
-    link.send(hello, timeout_s=JOIN_S)
-    asked = False
+def _rejoin(link: RolloutSender, fleet: Fleet, hello: Hello) -> None:
+    """Join the same learner, or its successor, anew."""
+    fleet.follow(_join(link, hello, AWAY_S))
+    link.send(Ready(fleet.fingerprint), timeout_s=AWAY_S)
+
+
+def _join(link: RolloutSender, hello: Hello, limit_s: float = JOIN_S) -> Welcome:
+    """Say hello until it is answered: the learner may still be starting. What came before the answer is of no account.
+
+    A hello is lost if the connection breaks, or the learner dies, before it is read.
+    """
+    deadline = time.monotonic() + limit_s
+    link.send(hello, timeout_s=limit_s)
+    said = time.monotonic()
     while (left := deadline - time.monotonic()) > 0:
         received = link.receive(min(left, LEASE_S))
+        if time.monotonic() - said > LEASE_S and link.offer(hello):
+            said = time.monotonic()
         match received and received.message:
-            case None:  # a learner that died meanwhile took the hello with it: its successor answers this with Rejoin
-                asked = link.offer(Lease()) or asked
-            case Rejoin() if asked:
-                asked = not link.offer(hello)
             case Welcome() as welcome:
                 return welcome
             case Refusal(reason):
                 raise RunFailedError(f"the learner refused this actor: {printable(reason)}")
             case Goodbye():
                 raise RunFailedError("the run is over")
-    raise TimeoutError(f"the learner did not answer within {JOIN_S:.0f} s")
+    raise TimeoutError(f"the learner did not answer within {limit_s:.0f} s")
 
 
 def _host() -> str:

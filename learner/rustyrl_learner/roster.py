@@ -68,10 +68,17 @@ class Roster:
         self.actors: dict[bytes, Actor] = {}
 
     def welcome(self, peer: bytes, hello: Hello, key: str = "") -> None:
-        """Give an actor its index and tell it what to build; nothing if it is known, dead, or its index is taken."""
+        """Give an actor its index and tell it what to build; nothing if it is dead, or its index is taken.
+
+        One that is known and says hello again has lost its connection and made another: what it was asked for, or only
+        the welcome, may never have come to it.
+        """
         if peer in self.actors:
             self.count("second-hello")
-            return
+            if self.actors[peer].ready:
+                self.lose(peer, "its connection broke, and it comes anew")
+            else:
+                del self.actors[peer]
         if len(self.actors) >= MAX_ACTORS:
             self.count("full")
             self._receiver.send(peer, Refusal(f"the learner has {MAX_ACTORS} actors, and takes no more"))
