@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import random
-import selectors
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from clusters import WORLDS
+from proxies import delaying_proxy
 
 from rustyrl import Config, configure
 from rustyrl.channels import RolloutReceiver
@@ -122,53 +118,6 @@ def test_the_first_batch_is_the_same_and_gives_the_same_update_however_many_acto
             assert_close(
                 as_far[name], step, rtol=0, atol=1e-3 * farthest, msg=lambda text, name=name: f"{name}: {text}"
             )
-
-
-@contextmanager
-def delaying_proxy(target: tuple[str, int]) -> Iterator[int]:
-    """Pass tcp connections on to the target, holding every chunk up for up to 20 ms; gives its own port."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    listener.settimeout(0.1)
-    stopping = threading.Event()
-    threads: list[threading.Thread] = []
-    clock = random.Random()
-
-    def pump(client: socket.socket) -> None:
-        with (
-            suppress(OSError),
-            client,
-            socket.create_connection(target) as server,
-            selectors.DefaultSelector() as ready,
-        ):
-            ready.register(client, selectors.EVENT_READ, server)
-            ready.register(server, selectors.EVENT_READ, client)
-            while not stopping.is_set():
-                for key, _ in ready.select(0.1):
-                    data = key.fileobj.recv(1 << 16)
-                    if not data:
-                        return
-                    stopping.wait(clock.random() * 0.02)
-                    key.data.sendall(data)
-
-    def accept() -> None:
-        while not stopping.is_set():
-            try:
-                client, _ = listener.accept()
-            except TimeoutError:
-                continue
-            threads.append(threading.Thread(target=pump, args=(client,)))
-            threads[-1].start()
-
-    acceptor = threading.Thread(target=accept)
-    acceptor.start()
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        stopping.set()
-        acceptor.join(10)
-        for thread in threads:
-            thread.join(10)
-        listener.close()
 
 
 @pytest.mark.parametrize("lag", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(4, marks=pytest.mark.slow)])

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from boundary import HERE, Boundary, boundary
 from clusters import ENDLESS, Cluster, await_more, await_status, end, poll, verb
+from proxies import delaying_proxy
 
 pytestmark = pytest.mark.faults
 
 LINK = f"tcp://{HERE}:5555"
+FAKETIME = next(map(str, Path("/usr").glob("lib*/**/libfaketimeMT.so*")), "")
 BACK_S = 2.0  # promised: from the return of the link to the first rollout over it. Printed, not asserted
 FIRST_BY_HAND = 1000
 
@@ -25,26 +30,27 @@ def wire() -> Iterator[Boundary]:
         yield made
 
 
+@contextmanager
+def actor(cluster: Cluster, link: str, *options: str, prefix: Sequence[str] = (), **variables: str) -> Iterator[None]:
+    """Meanwhile an actor has joined by hand, and works."""
+    command = [*prefix, sys.executable, "-c", "from rustyrl.cli import main; main()", "actor", "--join", link, *options]
+    with (cluster.run / "there.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **variables})
+    try:
+        await_status(cluster, works, "the actor there to work")
+        yield
+    finally:
+        process.kill()
+        process.wait(10)
+
+
 @pytest.fixture
 def cluster(start: Callable[..., Cluster], wire: Boundary) -> Iterator[Cluster]:
     """A learner with an actor on each side of the boundary."""
     running = start(*ENDLESS, "--listen", LINK, "--actors", "1", prefix=wire.here)
     await_status(running, lambda status: status["learner"].get("version", 0) > 2, "training")
-    log = (running.run / "there.log").open("wb")
-    key = running.run / "keys" / "default.key"
-    code = "from rustyrl.cli import main; main()"
-    actor = subprocess.Popen(
-        [*wire.there, sys.executable, "-c", code, "actor", "--join", LINK, "--key", str(key)],
-        stdout=log,
-        stderr=log,
-    )
-    try:
-        await_status(running, works, "the actor there to work")
+    with actor(running, LINK, "--key", str(running.run / "keys" / "default.key"), prefix=wire.there):
         yield running
-    finally:
-        actor.kill()
-        actor.wait(10)
-        log.close()
 
 
 def there(status: dict[str, Any]) -> dict[str, Any] | None:
@@ -147,3 +153,30 @@ def test_a_network_that_flaps_does_not_end_the_run(cluster: Cluster, wire: Bound
     await_more(cluster, 5)
     poll(lambda: works(verb(cluster, "status")), "it works")
     finish(cluster)
+
+
+def test_delay_and_jitter_slow_training_down_and_harm_nothing(start: Callable[..., Cluster]) -> None:
+    running = start(*ENDLESS, "--listen", "tcp://127.0.0.1:0", "--actors", "1")
+    status = await_status(running, lambda status: status["learner"].get("version", 0) > 2, "training")
+    port = int(status["link"]["address"].rpartition(":")[2])
+    with delaying_proxy(("127.0.0.1", port), most_s=0.2) as proxy, actor(running, f"tcp://127.0.0.1:{proxy}"):
+        lost = verb(running, "status")["tickets"]["lost"]
+        await_more(running, 10)
+        assert verb(running, "status")["tickets"]["lost"] == lost
+    finish(running)
+
+
+@pytest.mark.skipif(not FAKETIME, reason="libfaketime is not installed")
+@pytest.mark.parametrize("offset", ["-5h", "+5h"])
+def test_clocks_that_are_hours_apart_do_not_matter(start: Callable[..., Cluster], wire: Boundary, offset: str) -> None:
+    running = start(*ENDLESS, "--listen", LINK, "--actors", "1", prefix=wire.here)
+    await_status(running, lambda status: status["learner"].get("version", 0) > 2, "training")
+    wrong = {"LD_PRELOAD": FAKETIME, "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    with actor(running, LINK, "--key", str(running.run / "keys" / "default.key"), prefix=wire.there, **wrong):
+        lost = verb(running, "status")["tickets"]["lost"]
+        with wire.cut():
+            time.sleep(2.0)
+        await_return(running)
+        await_more(running, 10)
+        assert verb(running, "status")["tickets"]["lost"] <= lost + 2
+    finish(running)
