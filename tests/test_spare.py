@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,18 @@ def test_one_that_died_is_replaced_by_a_start_anew(spare: Spare, tmp_path: Path)
         assert child.pid != ahead.pid
         assert child.process.stdout is not None
         assert read_spec(child.process.stdout.read()).env == "cartpole"
+    finally:
+        child.close()
+
+
+def test_a_learner_that_cannot_be_imported_says_why_in_its_log(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import time\ntime.sleep(0.5)\nraise ImportError('libcudart.so is missing')\n")
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    spare = Spare("rustyrl_learner", {**os.environ, "PYTHONPATH": path})
+    child = start_child("learner", ["rustyrl_learner", "doctor"], tmp_path / "log", actor=False, spare=spare)
+    try:
+        assert child.process.wait(20) == 1
+        assert "libcudart.so is missing" in child.tail()
     finally:
         child.close()
 

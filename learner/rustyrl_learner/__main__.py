@@ -25,8 +25,11 @@ def main(told: list[str] | None = None) -> int:
     arguments = _parse(told)
     die_with_parent(arguments.parent)
     if arguments.verb == AWAIT:
-        import rustyrl_learner.learner  # noqa: F401 - what takes its time
-
+        try:
+            import rustyrl_learner.learner  # noqa: F401 - what takes its time
+        except BaseException:
+            await_orders()  # so that it stands in the log why there is no learner
+            raise
         return main(await_orders())
     if arguments.traced:
         allow_tracing(arguments.parent)
