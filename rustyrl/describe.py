@@ -41,7 +41,7 @@ def describe(env: str, env_config: Mapping[str, Any]) -> EnvironmentSpec:
 
 
 def list_environments() -> list[dict[str, Any]]:
-    """The built-in environments: ``env``, ``about``, ``spec``."""
+    """The built-in environments: ``env``, ``about``, ``fingerprint``, ``spec``."""
     return msgspec.json.decode(_actors("envs"), type=list[dict[str, Any]])
 
 

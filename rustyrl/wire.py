@@ -1,9 +1,10 @@
 """Every message between processes, and the only code that turns bytes into them.
 
 A message is exactly two frames: a msgpack header and one contiguous blob, empty where there is nothing to
-carry. The header is an array ``[wire version, kind, body]``. Headers are decoded by msgpack under size limits and
-then checked field by field against the structs below; blobs are checked against the header before anything is
-built from them. What fails raises `WireError` with a reason under which it is counted.
+carry. The header is an array ``[wire version, body]``, the body a map whose ``type`` says which struct below it is.
+Headers are decoded by msgpack under size limits and then checked field by field against those structs; blobs are
+checked against the header before anything is built from them. What fails raises `WireError` with a reason under which
+it is counted. docs/protocol.md says all of it to those who write an actor in another language.
 """
 
 from __future__ import annotations

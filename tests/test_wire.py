@@ -625,6 +625,6 @@ def test_arbitrary_weights_bytes_raise_nothing_else(content: bytes) -> None:
 
 
 if __name__ == "__main__":
-    GOLDEN.mkdir(exist_ok=True)
-    for golden_kind, golden_message in MESSAGES.items():
-        (GOLDEN / f"{golden_kind}.bin").write_bytes(encode_message(golden_message))
+    from golden import main  # which imports this file
+
+    main()

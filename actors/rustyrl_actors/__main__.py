@@ -108,8 +108,10 @@ def _run(arguments: argparse.Namespace, results: BinaryIO) -> None:
             shape, windows = (arguments.worlds, arguments.unroll_length), (arguments.seconds, arguments.windows)
             results.write(msgspec.json.encode(measure_actor(arguments.env, config, spec, *shape, *windows)))
         case "envs":
-            found = [find_environment(env, {}) for env in sorted(BUILT_IN)]
-            rows = [{"env": source.spec.env, "about": source.about, "spec": source.spec} for source in found]
+            rows = [
+                {"env": found.spec.env, "about": found.about, "fingerprint": found.spec.fingerprint, "spec": found.spec}
+                for found in (find_environment(env, {}) for env in sorted(BUILT_IN))
+            ]
             results.write(msgspec.json.encode(rows))
 
 
