@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import pathlib
 import secrets
 import socket
 import struct
@@ -217,12 +218,16 @@ def packed(arrays):
 class Actor:
     """Joins a learner and answers its tickets until it says goodbye."""
 
-    def __init__(self, address, index):
+    def __init__(self, address, index, key=None):
         self.context = zmq.Context()
         self.link = self.context.socket(zmq.DEALER)
         self.link.setsockopt(zmq.IDENTITY, b"f" + os.urandom(15))
         self.link.setsockopt(zmq.IMMEDIATE, 1)
         self.link.setsockopt(zmq.SNDTIMEO, int(AWAY_S * 1000))
+        if key is not None:
+            self.link.setsockopt(zmq.CURVE_SERVERKEY, key["learner"].encode())
+            self.link.setsockopt(zmq.CURVE_PUBLICKEY, key["public"].encode())
+            self.link.setsockopt(zmq.CURVE_SECRETKEY, key["secret"].encode())
         self.breaks = self.link.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.link.connect(address)
         host = socket.gethostname()[:255].encode("ascii", "replace").decode()
@@ -421,8 +426,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--join", required=True, help="tcp://HOST:PORT or ipc://PATH")
     parser.add_argument("--index", type=int, default=-1)
+    parser.add_argument("--key", type=pathlib.Path, help="NAME.key, for a learner beyond loopback")
     arguments = parser.parse_args()
-    actor = Actor(arguments.join, arguments.index)
+    key = json.loads(arguments.key.read_text()) if arguments.key else None
+    actor = Actor(arguments.join, arguments.index, key)
     try:
         print(json.dumps(actor.run()))
     finally:

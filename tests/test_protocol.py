@@ -337,9 +337,9 @@ def test_foreign_log_probabilities_are_ours(activation, box, normalize):
 class Foreign:
     """A foreign actor's process, to which the folders of this repository are unknown."""
 
-    def __init__(self, link: str) -> None:
+    def __init__(self, link: str, *arguments: str) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        command = [sys.executable, "-I", foreign_actor.__file__, "--join", link]
+        command = [sys.executable, "-I", foreign_actor.__file__, "--join", link, *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
 
@@ -355,10 +355,10 @@ def join():
     """Start foreign actors; what is left of them is killed after the test."""
     actors: list[Foreign] = []
 
-    def begin(cluster) -> Foreign:
+    def begin(cluster, *arguments: str) -> Foreign:
         path = cluster.run / "cluster.json"
         poll(lambda: path.exists() and b'"running"' in path.read_bytes(), "a listening learner")
-        actors.append(Foreign(json.loads(path.read_text())["link"]))
+        actors.append(Foreign(json.loads(path.read_text())["link"], *arguments))
         return actors[-1]
 
     yield begin
@@ -368,7 +368,7 @@ def join():
         actor.process.communicate()
 
 
-LEARNER = ("learner", "cartpole", "--listen", "tcp://127.0.0.1:0", "--json")
+LEARNER = ("learner", "cartpole", "--json", "--listen", "tcp://127.0.0.1:0")
 
 
 def test_foreign_actor_alone_trains_a_policy(start, join):
@@ -412,3 +412,14 @@ def test_foreign_actor_learns_hands_over_and_follows_a_new_learner(start, join):
     assert [one["joined"] >= 2 for one in did] == [True, True]
     assert did[0]["states"] > 0
     cluster.assert_gone()
+
+
+@pytest.mark.slow
+def test_foreign_actor_joins_with_a_key(start, join):
+    cluster = start(*LEARNER[:-1], "tcp://0.0.0.0:0", "--total-steps", "2000", *SMALL)
+    did = join(cluster, "--key", str(cluster.run / "keys" / "default.key")).done()
+    code, out, err = cluster.wait()
+    assert code == 0, err
+    summary = json.loads(out)
+    assert summary["steps"] >= 2000
+    assert did["rollouts"] >= summary["tickets"]["trained"] > 0
