@@ -65,10 +65,17 @@ MAX_WORLDS = 65536
 _DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in get_args(DTypeName)}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
+_ROLLOUT_ARRAYS = {
+    *("behavior_log_prob", "reward", "terminated", "truncated", "valid", "final_index"),
+    *("episode.slot", "episode.return", "episode.length"),
+}
+_ROLLOUT_GROUPS = ("observation.", "action.", "action_mask.", "final_observation.", "episode_metric.")
+
 Count = Annotated[int, Meta(ge=0, le=2**62)]
 Text = Annotated[str, Meta(max_length=4096)]
 Host = Annotated[str, Meta(max_length=255, pattern=r"\A[ -~]*\Z")]  # it is shown on terminals
 Fingerprint = Annotated[str, Meta(max_length=64)]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 World = Annotated[int, Meta(ge=0, lt=MAX_WORLDS)]
 Worlds = Annotated[tuple[World, ...], Meta(min_length=1, max_length=MAX_WORLDS)]
 
@@ -212,7 +219,7 @@ class RolloutHeader(_Message, frozen=True, tag="rollout"):
     learner_incarnation: Count
     actor_index: Annotated[int, Meta(ge=0, le=MAX_WORLDS)]
     actor_incarnation: Count
-    stage_s: Annotated[dict[Annotated[str, Meta(max_length=32)], Annotated[float, Meta(ge=0)]], Meta(max_length=16)]
+    stage_s: Annotated[dict[Annotated[str, Meta(max_length=32)], Seconds], Meta(max_length=16)]
     arrays: Annotated[tuple[ArraySpec, ...], Meta(max_length=MAX_ARRAYS)]
 
 
@@ -362,9 +369,12 @@ def decode_rollout(header: RolloutHeader, blob: memoryview) -> Rollout:
                 if name.startswith("episode_metric.")
             },
         )
-        return rollout_from_arrays(views, origin, episodes, final_index=views["final_index"])
+        rollout = rollout_from_arrays(views, origin, episodes, final_index=views["final_index"])
     except KeyError as error:
         raise WireError("malformed", f"the rollout lacks the array {error}") from None
+    if unknown := [name for name in views if name not in _ROLLOUT_ARRAYS and not name.startswith(_ROLLOUT_GROUPS)]:
+        raise WireError("malformed", f"a rollout has no array {unknown[0]!r}")
+    return rollout
 
 
 def encode_world_state(

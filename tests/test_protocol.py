@@ -61,8 +61,8 @@ def type_text(kind: Any) -> str:
             return "int"
         case msgspec.inspect.IntType(ge=low, le=le, lt=lt):
             return f"int {low}..{number_text(lt - 1 if le is None else le)}"
-        case msgspec.inspect.FloatType(ge=low):
-            return "float" if low is None else f"float ≥ {low}"
+        case msgspec.inspect.FloatType(ge=low, le=high):
+            return "float" if low is None else f"float {low}..{high:.0f}"
         case msgspec.inspect.StrType(min_length=int(low), max_length=high):
             return f"str {low}..{high}"
         case msgspec.inspect.StrType(max_length=high):

@@ -422,6 +422,13 @@ def test_a_rollout_without_one_of_its_arrays_is_refused(name: str) -> None:
     assert message == f"malformed: the rollout lacks the array '{name}'"
 
 
+@pytest.mark.parametrize("name", ["foo", "episode.foo", "observation", "rewards"])
+def test_a_rollout_with_an_array_of_no_known_name_is_refused(name: str) -> None:
+    old = next(a["name"] for a in BODY["arrays"] if a["name"].startswith("episode_metric."))
+    message = reason(lambda: decode_frames(with_array(old, name=name), BLOB))
+    assert message == f"malformed: a rollout has no array '{name}'"
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

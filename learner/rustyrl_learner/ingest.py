@@ -92,7 +92,10 @@ def _check_ends(rollout: Rollout, spec: EnvironmentSpec, slots: int) -> None:
     columns = [episodes.slot, episodes.episode_return, episodes.length, *episodes.metrics.values()]
     if any(column.shape != (count,) for column in columns) or set(episodes.metrics) != set(spec.episode_metrics):
         raise WireError("episodes", "the columns of the ended episodes do not agree")
-    if episodes.slot.dtype != np.int32 or (count and not 0 <= episodes.slot.min() <= episodes.slot.max() < slots):
+    wanted = [np.int32, np.float32, np.int32, *[np.float32] * len(episodes.metrics)]
+    if [column.dtype for column in columns] != wanted or not np.isfinite(episodes.episode_return).all():
+        raise WireError("episodes", "slots and lengths are int32, returns and metrics float32, and returns finite")
+    if count and not 0 <= episodes.slot.min() <= episodes.slot.max() < slots:
         raise WireError("episodes", f"an episode in a slot outside 0..{slots - 1}")
 
 
