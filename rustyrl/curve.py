@@ -13,6 +13,8 @@ from pathlib import Path
 
 import zmq
 
+from rustyrl.errors import UsageError
+
 __all__ = ["Gate", "Pair", "make_pair", "public_of"]
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ class Gate:
         Args:
             context: of the socket to protect.
             folder: changes when keys come or go.
-            allowed: reads the names of the allowed keys, by their public halves.
+            allowed: reads the names of the allowed keys, by their public halves; raises `UsageError` if it cannot.
         """
         from zmq.auth.thread import ThreadAuthenticator  # asyncio: of no use to who has no gate
 
@@ -59,6 +61,7 @@ class Gate:
         self._read = allowed
         self._allowed = allowed()
         self._changed = self._looked = self._taken = -float("inf")
+        self._unread = False
         self._barred: dict[str, tuple[float, float]] = {}  # public half: until when, and for how long
         self.refused = 0  # handshakes
         self._authenticator = ThreadAuthenticator(context)
@@ -89,8 +92,11 @@ class Gate:
             changed = self._folder.stat().st_mtime
             if changed != self._changed or now - self._taken > READ_S:
                 self._allowed, self._changed, self._taken = self._read(), changed, now
-        except OSError as error:  # who was let in stays, nobody else is
-            log.warning("the keys in %s cannot be read: %s", self._folder, error)
+                self._unread = False
+        except (OSError, UsageError) as error:  # who was let in stays, nobody else is
+            if not self._unread:
+                log.warning("the keys in %s stay what they were: %s", self._folder, error)
+            self._unread = True
 
     def holder(self, frame: zmq.Frame) -> str | None:
         """The public half of the allowed key that a message came with; None if there is none."""

@@ -100,10 +100,10 @@ class KeyRing:
         if not (folder / "learner.key").exists():
             public, secret = make_pair()
             _write_new(folder / "learner.key", LearnerKey("rustyrl learner key: secret", public, secret))
-            for name in (LAUNCHED, FIRST):
-                ring.add(name)
-        if not ring.path(LAUNCHED).exists():
-            ring.add(LAUNCHED)
+        if not ring._has_launched():
+            ring._write_pair(LAUNCHED)
+        if not any((folder / f"{FIRST}.{end}").exists() for end in ("key", "pub", "revoked")):
+            ring.add(FIRST)
         return ring
 
     def path(self, name: str) -> Path:
@@ -127,21 +127,19 @@ class KeyRing:
             raise UsageError(f"there is a key {name!r} already, or was and is revoked; choose another name")
         if len(self.list()) >= MAX_KEYS:
             raise UsageError(f"there are {MAX_KEYS} keys already; actors may share one")
-        learner = self.learner().public
-        public, secret = make_pair()
-        _write_new(self.path(name), ActorKey("rustyrl actor key: secret", name, learner, public, secret))
-        _write_new(self.folder / f"{name}.pub", Listed(name, public, time.time()))
-        return self.path(name)
+        return self._write_pair(name)
 
     def list(self) -> list[Listed]:
-        """Every key by name, the revoked ones too; what cannot be read is in no list, and is let in by nobody."""
-        found = []
-        for path in sorted([*self.folder.glob("*.pub"), *self.folder.glob("*.revoked")]):
-            with contextlib.suppress(UsageError):
-                listed = _decode(_read_private(path), Listed, str(path))
-                if path.stem == listed.name and (path.suffix == ".pub") is (listed.revoked is None):
-                    found.append(listed)
-        return found
+        """Every key by name, the revoked ones too; a file that is no such key is in no list, and lets nobody in.
+
+        Raises:
+            UsageError: nobody knows for now which keys there are: the folder or a file of it cannot be read.
+        """
+        return _look(self.folder)[0]
+
+    def wrong(self) -> tuple[str, ...]:
+        """What is wrong with the files that are in no list; raises `UsageError` as `list` does."""
+        return tuple(_look(self.folder)[1])
 
     def allowed(self) -> dict[str, str]:
         """The names of the keys that the learner lets in, by their public halves."""
@@ -152,7 +150,10 @@ class KeyRing:
     def revoke(self, name: str) -> None:
         """Let a key in no more; the learner cuts off whoever uses it."""
         if name == LAUNCHED:
-            raise UsageError(f"{name!r} is the key of the actors that the run starts itself; rustyrl scale 0 ends them")
+            raise UsageError(
+                f"{name!r} is the key of the actors that the run starts itself, and is never revoked; "
+                "if it was stolen, start another run, with --init to take the policy along"
+            )
         keys = {listed.name: listed for listed in self.list()}
         listed = keys.get(name)
         if listed is None:
@@ -163,6 +164,27 @@ class KeyRing:
         _write_new(self.folder / f"{name}.revoked", msgspec.structs.replace(listed, revoked=time.time()))
         for path in (self.folder / f"{name}.pub", self.path(name)):
             path.unlink(missing_ok=True)
+
+    def _write_pair(self, name: str) -> Path:
+        """Make a pair and write both files; the file to hand on, which is there only if the learner lets it in."""
+        learner = self.learner().public
+        public, secret = make_pair()
+        listed = self.folder / f"{name}.pub"
+        _write_new(listed, Listed(name, public, time.time()))
+        try:
+            _write_new(self.path(name), ActorKey("rustyrl actor key: secret", name, learner, public, secret))
+        except BaseException:
+            listed.unlink(missing_ok=True)
+            raise
+        return self.path(name)
+
+    def _has_launched(self) -> bool:
+        """Whether there are both halves of the key of the run's own actors: one that was interrupted has one."""
+        try:
+            key = read_actor_key(self.path(LAUNCHED))
+        except UsageError:
+            return False
+        return self.allowed().get(key.public) == LAUNCHED and key.learner == self.learner().public
 
 
 def find_keys(run: Path) -> KeyRing:
@@ -205,6 +227,38 @@ def _decode(content: bytes, kind: type[T], source: str) -> T:
         raise UsageError(f"{source} is not {name}; expected NAME.key of a run's keys/, whole") from None
 
 
+def _look(folder: Path) -> tuple[list[Listed], list[str]]:
+    """The keys by name, and what is wrong with the files that are none."""
+    try:
+        names = os.listdir(folder)  # noqa: PTH208 - Path.glob hides that a folder could not be read
+    except OSError as error:
+        raise UsageError(f"cannot look into {folder}: {error.strerror}") from None
+    found: list[Listed] = []
+    wrong: list[str] = []
+    for path in sorted(folder / name for name in names if name.endswith((".pub", ".revoked"))):
+        try:
+            found.append(_read_listed(path))
+        except FileNotFoundError:  # revoked meanwhile
+            continue
+        except (PermissionError, IsADirectoryError) as error:
+            wrong.append(f"cannot read the key {path}: {error.strerror}")
+        except OSError as error:  # too many open files, a disk or network that fails: it says nothing of the key
+            raise UsageError(f"cannot read the key {path}: {error.strerror}") from None
+        except UsageError as error:
+            wrong.append(str(error))
+    return found, wrong
+
+
+def _read_listed(path: Path) -> Listed:
+    """Read ``NAME.pub`` or ``NAME.revoked``, which are no secret; raises `OSError` and `UsageError`."""
+    with path.open("rb") as file:
+        _check_owner(os.fstat(file.fileno()), path)
+        listed = _decode(file.read(MAX_KEY_BYTES + 1), Listed, str(path))
+    if path.stem != listed.name or (path.suffix == ".pub") is not (listed.revoked is None):
+        raise UsageError(f"{path} says that it is the key {listed.name!r}: its name was changed")
+    return listed
+
+
 def _write_new(path: Path, content: msgspec.Struct) -> None:
     """Write a file that only we can read from its first byte on, whole or not at all; raises `UsageError`."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -233,10 +287,18 @@ def _read_private(path: Path) -> bytes:
 
 def _check_private(status: os.stat_result, path: Path, mode: str) -> None:
     """Refuse what others than its owner can use, or somebody else owns; raises `UsageError`."""
-    if sys.platform == "win32":  # has no such modes
+    found = stat.S_IMODE(status.st_mode)
+    if found & 0o077 and sys.platform != "win32":  # which has no such modes
+        raise UsageError(f"others can use {path} (mode {found:04o}), so it is no secret: chmod {mode} {path}")
+    _check_owner(status, path)
+
+
+def _check_owner(status: os.stat_result, path: Path) -> None:
+    """Refuse what others than its owner can change, or somebody else owns; raises `UsageError`."""
+    if sys.platform == "win32":
         return
     found = stat.S_IMODE(status.st_mode)
-    if found & 0o077:
-        raise UsageError(f"others can use {path} (mode {found:04o}), so it is no secret: chmod {mode} {path}")
+    if found & 0o022:
+        raise UsageError(f"others can change {path} (mode {found:04o}): chmod 600 {path}")
     if status.st_uid != os.geteuid():
         raise UsageError(f"{path} belongs to user {status.st_uid}, this is user {os.geteuid()}: use a copy of your own")
