@@ -29,6 +29,7 @@ from zmq.utils.monitor import parse_monitor_message
 from rustyrl.addresses import security_of
 from rustyrl.curve import Gate
 from rustyrl.errors import RunFailedError, UsageError, WireError
+from rustyrl.keys import LAUNCHED
 from rustyrl.wire import MAX_BLOB_BYTES, MAX_HEADER_BYTES, WITH_BLOB, Goodbye, Message, decode_header, encode_message
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ CUT = "inproc://cut"  # within the learner's context
 RECONNECT_MS = 100
 RECONNECT_MAX_MS = 500
 CONNECT_MS = 1000  # for one try: a packet that is lost on the way to a network that comes back is sent again after 1 s
+REFUSED_S = 60.0  # how long who was in before tries again: its key may be barred for what another with it did
+AGAIN_S = 1.0  # between two such tries
 # A tcp connection whose packets were not answered for so long is given up, on both sides: the kernel waits longer and
 # longer between two tries, and would notice a network that is back up to a minute late.
 UNANSWERED_MS = 4000
@@ -188,6 +191,7 @@ class RolloutReceiver(_Sockets):
     def cut(self, peer: bytes, key: str = "") -> None:
         """Read no more of what a peer sends, and let its key, if there is one, not in again for a while.
 
+        The key of the run's own actors is not barred: its launcher ends who is cut off, and must be able to replace it.
         ROUTER_HANDOVER gives a name to the newest who claims it, and ends the link of who had it before.
         """
         if peer in self._cutters:
@@ -196,7 +200,7 @@ class RolloutReceiver(_Sockets):
         cutter.setsockopt(zmq.IDENTITY, peer)
         cutter.connect(CUT)
         self._cutters[peer] = cutter
-        if self.gate is not None and key:
+        if self.gate is not None and key and self.gate.name(key) != LAUNCHED:
             self.gate.bar(key)
 
     def wake(self) -> None:
@@ -249,32 +253,43 @@ class RolloutSender(_Sockets):
 
     def __init__(self, address: str, key: ActorKey | None = None) -> None:
         super().__init__()
+        self._address, self._key = address, key
+        self._identity = os.urandom(IDENTITY_BYTES - 1) + b"a"
+        self._was_in = self._was_cut = False
+        self._refused_at: float | None = None  # since when we are refused, if we are
+        self._held: deque[Received] = deque()  # came while a send waited
+        try:
+            self._open()
+        except zmq.ZMQError as error:
+            self.close()
+            raise UsageError(f"cannot join {address!r}: {error}; expected ipc://PATH or tcp://HOST:PORT") from None
+
+    def _open(self) -> None:
+        """Connect; raises `zmq.ZMQError`."""
         self._dealer = self._socket(zmq.DEALER)
-        self._keyed = key is not None
-        if key is not None:
-            self._dealer.setsockopt(zmq.CURVE_SERVERKEY, key.learner.encode())
-            self._dealer.setsockopt(zmq.CURVE_PUBLICKEY, key.public.encode())
-            self._dealer.setsockopt(zmq.CURVE_SECRETKEY, key.secret.encode())
-        if "[" in address:
+        if self._key is not None:
+            self._dealer.setsockopt(zmq.CURVE_SERVERKEY, self._key.learner.encode())
+            self._dealer.setsockopt(zmq.CURVE_PUBLICKEY, self._key.public.encode())
+            self._dealer.setsockopt(zmq.CURVE_SECRETKEY, self._key.secret.encode())
+        if "[" in self._address:
             self._dealer.setsockopt(zmq.IPV6, 1)
         refusals = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-        self._events = self._dealer.get_monitor_socket(refusals | zmq.EVENT_DISCONNECTED)
-        self._was_cut = False
+        self._events = self._dealer.get_monitor_socket(
+            refusals | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        )
         self._poller = zmq.Poller()
         self._poller.register(self._dealer, zmq.POLLIN)
-        self._poller.register(self._events, zmq.POLLIN)
+        self._writable = zmq.Poller()
+        self._writable.register(self._dealer, zmq.POLLOUT)
+        for poller in (self._poller, self._writable):
+            poller.register(self._events, zmq.POLLIN)
         self._dealer.copy_threshold = COPIED_BYTES
-        self._held: deque[Received] = deque()  # came while a send waited
-        self._dealer.setsockopt(zmq.IDENTITY, os.urandom(IDENTITY_BYTES - 1) + b"a")
+        self._dealer.setsockopt(zmq.IDENTITY, self._identity)
         self._dealer.setsockopt(zmq.IMMEDIATE, 1)
         self._dealer.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
         self._dealer.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
         self._dealer.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_MS)
-        try:
-            self._dealer.connect(address)
-        except zmq.ZMQError as error:
-            self.close()
-            raise UsageError(f"cannot join {address!r}: {error}; expected ipc://PATH or tcp://HOST:PORT") from None
+        self._dealer.connect(self._address)
 
     def send(self, message: Message, blob: memoryview | bytes = b"", timeout_s: float = 10.0) -> Sent:
         """Send without copying the blob; what comes back tells when its memory may change.
@@ -293,14 +308,14 @@ class RolloutSender(_Sockets):
             RunFailedError: if the learner does not let this actor in.
         """
         deadline = time.monotonic() + timeout_s
-        while not self._dealer.poll(WRITE_POLL_MS, zmq.POLLOUT):
-            self._mind_events()
+        while self._dealer not in dict(self._writable.poll(WRITE_POLL_MS)):
             while (received := self._receive_now()) is not None:
                 if isinstance(received.message, Goodbye):
                     raise ConnectionAbortedError("the learner said goodbye")
                 self._held.append(received)
+            self._mind_events()
             if time.monotonic() > deadline:
-                other = ", or the key is another run's" if self._keyed else ""
+                other = ", or the key is another run's" if self._key is not None else ""
                 raise TimeoutError(f"no learner took a message within {timeout_s:.0f} s: none is there{other}")
         tracker = self._dealer.send_multipart([header, blob], copy=False, track=True)
         assert tracker is not None  # noqa: S101 - track=True
@@ -329,20 +344,45 @@ class RolloutSender(_Sockets):
         """
         if self._held:
             return self._held.popleft()
-        ready = dict(self._poller.poll(max(0, int(timeout_s * 1000))))
-        if self._dealer in ready:
-            return self._receive_now()
-        self._mind_events()
-        return None
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left_s = max(0.0, deadline - time.monotonic())
+            if self._dealer in dict(self._poller.poll(int(left_s * 1000))):
+                return self._receive_now()
+            if self._mind_events() or time.monotonic() >= deadline:
+                return None
 
-    def _mind_events(self) -> None:
-        """Note that the connection broke; raise if who listens ended the handshake, which is not tried again."""
+    def _mind_events(self) -> bool:
+        """Note what became of the connection, and return whether it broke; raise if this actor is refused for good."""
+        broke = False
         while self._events.poll(0):
             event = parse_monitor_message(self._events.recv_multipart())["event"]
-            if event == zmq.EVENT_DISCONNECTED:
-                self._was_cut = True
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._was_in = True
+                self._refused_at = None
+            elif event == zmq.EVENT_DISCONNECTED:
+                broke = True
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self._may_try_again():
+                self._open_anew()
             else:
                 self._refuse(event)
+        self._was_cut |= broke
+        return broke
+
+    def _may_try_again(self) -> bool:
+        """Whether being refused need not be the end."""
+        now = time.monotonic()
+        if self._refused_at is None:
+            self._refused_at = now
+        return self._was_in and now - self._refused_at < REFUSED_S
+
+    def _open_anew(self) -> None:
+        """Knock again, after a while: ZeroMQ itself never does after it was refused."""
+        time.sleep(AGAIN_S)
+        self._dealer.disable_monitor()
+        self._events.close()
+        self._dealer.close(linger=0)
+        self._open()
 
     def _refuse(self, event: int) -> NoReturn:
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
@@ -350,7 +390,7 @@ class RolloutSender(_Sockets):
                 "the learner does not let this key in: it was revoked, is another run's, or was cut off for a "
                 "while for sending too much; `rustyrl keys list` there says which are let in"
             )
-        if self._keyed:
+        if self._key is not None:
             raise RunFailedError(
                 "what listens there does not take keys: is it a learner beyond loopback, and this run's?"
             )

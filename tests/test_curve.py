@@ -60,33 +60,54 @@ def with_other(key: ActorKey, *, learner: bool = False) -> ActorKey:
 
 
 class Proxy(threading.Thread):
-    """Passes one connection on and records what goes to the learner; `inject` sends more on the same connection."""
+    """Passes connections on, one at a time, and records what goes to the learner.
+
+    ``inject`` sends more to the learner on the same connection, ``cut`` ends it.
+    """
 
     def __init__(self, port: int) -> None:
         super().__init__(daemon=True)
         self._listening = socket.create_server(("127.0.0.1", 0))
+        self._listening.settimeout(0.05)
         self.port = self._listening.getsockname()[1]
         self._target = port
+        self._over = threading.Event()
         self.recorded: list[bytes] = []
         self.closed = threading.Event()
         self.inject = lambda _content: None
+        self.cut = lambda: None
+
+    def __enter__(self) -> Proxy:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self.join(10)
 
     def run(self) -> None:
-        actor, _ = self._listening.accept()
-        learner = socket.create_connection(("127.0.0.1", self._target))
+        with self._listening:
+            while not self._over.is_set():
+                with contextlib.suppress(TimeoutError):
+                    actor, _ = self._listening.accept()
+                    with actor, socket.create_connection(("127.0.0.1", self._target)) as learner:
+                        self._pass_on(actor, learner)
+
+    def _pass_on(self, actor: socket.socket, learner: socket.socket) -> None:
         self.inject = learner.sendall
-        with self._listening, actor, learner:
-            while True:
-                ready, _, _ = select.select([actor, learner], [], [], 60)
-                for one in ready:
-                    content = b""
-                    with contextlib.suppress(OSError):
-                        content = one.recv(65536)
-                    if not content:
-                        self.closed.set()
-                        return
-                    if one is actor:
-                        self.recorded.append(content)
+        self.cut = lambda: actor.shutdown(socket.SHUT_RDWR)
+        while not self._over.is_set():
+            ready, _, _ = select.select([actor, learner], [], [], 0.2)
+            for one in ready:
+                content = b""
+                with contextlib.suppress(OSError):
+                    content = one.recv(65536)
+                if not content:
+                    self.closed.set()
+                    return
+                if one is actor:
+                    self.recorded.append(content)
+                with contextlib.suppress(OSError):
                     (learner if one is actor else actor).sendall(content)
 
 
@@ -200,10 +221,64 @@ def test_a_key_that_was_cut_off_may_come_back_later(ring, learner, monkeypatch):
         assert hear(learner).key == key.public
 
 
+def broken_link(learner: RolloutReceiver, key: ActorKey, stack: contextlib.ExitStack) -> RolloutSender:
+    """An actor that was in, whose key is barred for what another with it did, and whose connection has just broken."""
+    proxy = stack.enter_context(Proxy(port_of(learner.address)))
+    actor = stack.enter_context(RolloutSender(f"tcp://127.0.0.1:{proxy.port}", key))
+    actor.send(HELLO)
+    assert hear(learner).message == HELLO
+    assert not actor.was_cut
+    learner.gate.bar(key.public)
+    proxy.cut()
+    assert actor.receive(20) is None
+    assert actor.was_cut
+    return actor
+
+
+def test_who_was_in_and_is_barred_when_its_connection_breaks_knocks_until_it_is_in_again(ring, learner, monkeypatch):
+    monkeypatch.setattr("rustyrl.channels.AGAIN_S", 0.05)
+    monkeypatch.setattr("rustyrl.curve.BARRED_S", 600.0)
+    with contextlib.ExitStack() as stack:
+        actor = broken_link(learner, first_key(ring), stack)
+        with pytest.raises(TimeoutError):
+            actor.send(HELLO, timeout_s=0.5)
+        poll(lambda: actor.receive(0.1) or learner.gate.refused >= 3, "three refusals")
+        learner.gate._barred.clear()  # as time does
+        actor.send(Lease(3), timeout_s=20)
+        received = hear(learner)
+        assert (received.message, received.key) == (Lease(3), first_key(ring).public)
+        assert learner.send(received.peer, Goodbye())
+        assert actor.receive(5).message == Goodbye()
+        assert not actor.was_cut  # since it is in again
+
+
+def test_who_was_in_and_stays_refused_gives_up_in_words(ring, learner, monkeypatch):
+    monkeypatch.setattr("rustyrl.channels.AGAIN_S", 0.05)
+    monkeypatch.setattr("rustyrl.channels.REFUSED_S", 0.3)
+    with contextlib.ExitStack() as stack:
+        actor = broken_link(learner, first_key(ring), stack)
+        with pytest.raises(RunFailedError, match="does not let this key in"):
+            actor.receive(20)
+        assert learner.gate.refused > 1
+
+
+@pytest.mark.parametrize(("name", "barred"), [(FIRST, True), (LAUNCHED, False)])
+def test_the_key_of_the_runs_own_actors_is_not_barred_so_that_they_can_be_replaced(ring, learner, name, barred):
+    key = read_actor_key(ring.path(name))
+    with RolloutSender(learner.address, key) as actor:
+        actor.send(HELLO)
+        learner.cut(hear(learner).peer, key.public)
+    with RolloutSender(learner.address, key) as replacement:
+        with pytest.raises(RunFailedError) if barred else contextlib.nullcontext():
+            replacement.send(HELLO, timeout_s=20)
+        assert barred or hear(learner).message == HELLO
+
+
 def test_what_was_overheard_is_of_no_use_on_another_connection_nor_twice_on_the_same(ring, learner):
-    proxy = Proxy(port_of(learner.address))
-    proxy.start()
-    with RolloutSender(f"tcp://127.0.0.1:{proxy.port}", first_key(ring)) as actor:
+    with (
+        Proxy(port_of(learner.address)) as proxy,
+        RolloutSender(f"tcp://127.0.0.1:{proxy.port}", first_key(ring)) as actor,
+    ):
         actor.send(HELLO)
         assert hear(learner).message == HELLO
         overheard = b"".join(proxy.recorded)
@@ -356,6 +431,32 @@ def test_actors_of_other_machines_join_with_a_key_and_a_revoked_one_is_cut_off(s
     assert status["actor_restarts"] == 0
     await_more(cluster, 1)
     end(cluster)
+
+
+def floods_until_refused(link: RolloutSender) -> bool:
+    """Say much that nobody asked for, and whether the answer is no."""
+    for _ in range(100):
+        link.offer(Lease(1))
+    received = link.receive(0.05)
+    return received is not None and isinstance(received.message, Refusal)
+
+
+@pytest.mark.faults
+def test_an_actor_outlasts_that_another_with_its_key_is_cut_off(start, join):
+    """Its key is barred for 10 s just when its connection breaks."""
+    cluster, link = begin(start)
+    path = cluster.run / "keys" / f"{FIRST}.key"
+    with Proxy(port_of(link)) as proxy:
+        actor = join("--join", f"tcp://127.0.0.1:{proxy.port}", "--key", "-", key=path.read_bytes())
+        await_status(cluster, lambda status: contributing(status) == {0: 2, 1000: 2}, "the other actor")
+        with RolloutSender(link, read_actor_key(path)) as flood:
+            poll(lambda: floods_until_refused(flood), "it to be cut off")
+        proxy.cut()
+        await_status(cluster, lambda status: status["wire"]["refused_handshakes"] >= 2, "it to be refused")
+        assert actor.poll() is None
+        await_status(cluster, lambda status: contributing(status) == {0: 2, 1000: 2}, "it to be back")
+        end(cluster)
+        assert actor.wait(60) == 0
 
 
 @pytest.mark.slow
