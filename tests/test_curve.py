@@ -145,7 +145,7 @@ def test_everybody_else_is_refused_in_words(ring, learner, kind):
     with RolloutSender(learner.address, key) as actor:
         if said is None:  # nothing tells that from a learner that is not there yet
             with pytest.raises(TimeoutError, match="none is there, or the key is another run's"):
-                actor.send(HELLO, timeout_s=1.0)
+                actor.send(HELLO, timeout_s=0.4)
         else:
             with pytest.raises(RunFailedError, match=said):
                 actor.send(HELLO, timeout_s=20)
@@ -172,7 +172,7 @@ def test_without_an_authenticator_nobody_is_let_in(ring, learner):
     """ZeroMQ's own default is to let every key in."""
     learner.gate.close()
     with RolloutSender(learner.address, first_key(ring)) as actor, pytest.raises((TimeoutError, RunFailedError)):
-        actor.send(HELLO, timeout_s=1.0)
+        actor.send(HELLO, timeout_s=0.4)
     assert list(learner.receive(0.2)) == []
 
 
@@ -241,7 +241,7 @@ def test_who_was_in_and_is_barred_when_its_connection_breaks_knocks_until_it_is_
     with contextlib.ExitStack() as stack:
         actor = broken_link(learner, first_key(ring), stack)
         with pytest.raises(TimeoutError):
-            actor.send(HELLO, timeout_s=0.5)
+            actor.send(HELLO, timeout_s=0.2)
         poll(lambda: actor.receive(0.1) or learner.gate.refused >= 3, "three refusals")
         learner.gate._barred.clear()  # as time does
         actor.send(Lease(3), timeout_s=20)
@@ -254,7 +254,7 @@ def test_who_was_in_and_is_barred_when_its_connection_breaks_knocks_until_it_is_
 
 def test_who_was_in_and_stays_refused_gives_up_in_words(ring, learner, monkeypatch):
     monkeypatch.setattr("rustyrl.channels.AGAIN_S", 0.05)
-    monkeypatch.setattr("rustyrl.channels.REFUSED_S", 0.3)
+    monkeypatch.setattr("rustyrl.channels.REFUSED_S", 0.15)
     with contextlib.ExitStack() as stack:
         actor = broken_link(learner, first_key(ring), stack)
         with pytest.raises(RunFailedError, match="does not let this key in"):
@@ -363,11 +363,18 @@ def join() -> Iterator:
         actor.stdout.close()
 
 
-def begin(start):
+def listening(start):
+    """A run with one actor of its own, which may not be there yet, and where others join it."""
     cluster = start(*ENDLESS, "--actors", "1", "--listen", "tcp://0.0.0.0:0", "--set", "run.checkpoint_every=2")
-    status = await_status(cluster, lambda status: contributing(status) == {0: 4}, "the first actor")
+    status = await_status(cluster, lambda status: status["link"]["address"], "a listening learner")
     assert status["link"]["security"] == "curve"
     return cluster, status["link"]["address"]
+
+
+def begin(start):
+    cluster, link = listening(start)
+    await_status(cluster, lambda status: contributing(status) == {0: 4}, "the first actor")
+    return cluster, link
 
 
 def secrets(cluster) -> list[str]:
@@ -402,13 +409,13 @@ def said_by(*arguments: str) -> bytes:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("crash", [False, pytest.param(True, marks=pytest.mark.faults)])
 def test_actors_of_other_machines_join_with_a_key_and_a_revoked_one_is_cut_off(start, join, crash):
-    cluster, link = begin(start)
+    cluster, link = listening(start)
     key = cluster.run / "keys" / f"{FIRST}.key"
     line = next(line for line in cluster.said()[1].splitlines() if "on another machine" in line)
     assert f"{key} ." in line
     assert f"rustyrl actor --join tcp://{line.partition('--join tcp://')[2].split()[0]} --key default.key" in line
     actor = join("--join", link, "--key", "-", key=key.read_bytes())
-    await_status(cluster, lambda status: contributing(status) == {0: 2, 1000: 2}, "the other actor")
+    await_status(cluster, lambda status: contributing(status) == {0: 2, 1000: 2}, "both actors")
     if crash:  # which is recorded, and the next learner has the same keys
         os.kill(cluster.children("rustyrl_learner")[0].pid, signal.SIGSEGV)
     status = await_status(
