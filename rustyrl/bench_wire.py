@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from rustyrl.channels import Received, RolloutReceiver, RolloutSender, Sent, has_ipc
+from rustyrl.channels import Received, RolloutReceiver, RolloutSender, Sent
 from rustyrl.errors import RunFailedError, WireError
 from rustyrl.parent import die_with_parent
 from rustyrl.processes import actor_environment, learner_environment
@@ -38,6 +38,7 @@ from rustyrl.rollout import (
     first_not_finite,
     vanished,
 )
+from rustyrl.sockets import has_ipc
 from rustyrl.spec import ActionSpec, ArraySpec, EnvironmentSpec
 from rustyrl.weights import PolicySpec, Weights, encode_weights, weights_layout
 from rustyrl.wire import (

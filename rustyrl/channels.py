@@ -1,10 +1,7 @@
-"""The sockets: the only module that knows ZeroMQ.
+"""The link between learner and actors.
 
-One link for each actor, DEALER to ROUTER, carries rollouts up and weights and tickets down; one control socket,
-the launcher's, answers the learner and the command line. Every message is two frames, checked first; every wait
-has a limit; queues are bounded by tickets, so a send that would block means that the peer is gone. ZeroMQ's own
-heartbeats stay off: they would cut the link of a process that is only stopped for a while, and what was on its way
-would be lost.
+One for each actor, DEALER to ROUTER: rollouts go up, weights and tickets down. Every message is two frames, checked
+first; queues are bounded by tickets, so a send that would block means that the peer is gone.
 """
 
 from __future__ import annotations
@@ -12,17 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import stat
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, NoReturn
 
-import msgspec
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
@@ -30,42 +22,31 @@ from rustyrl.addresses import security_of
 from rustyrl.curve import Gate
 from rustyrl.errors import RunFailedError, UsageError, WireError
 from rustyrl.keys import LAUNCHED
+from rustyrl.sockets import Sockets, bind
 from rustyrl.wire import MAX_BLOB_BYTES, MAX_HEADER_BYTES, WITH_BLOB, Goodbye, Message, decode_header, encode_message
 
 if TYPE_CHECKING:
     from rustyrl.keys import ActorKey, KeyRing
 
 __all__ = [
-    "ControlClient",
-    "ControlServer",
     "Received",
     "RolloutReceiver",
     "RolloutSender",
     "Sent",
-    "decode_control",
-    "has_ipc",
 ]
 
 WRITE_POLL_MS = 500  # how often a send that waits looks whether the learner said goodbye
-HANDSHAKE_MS = 2000
 CUT = "inproc://cut"  # within the learner's context
 RECONNECT_MS = 100
 RECONNECT_MAX_MS = 500
 CONNECT_MS = 1000  # for one try: a packet that is lost on the way to a network that comes back is sent again after 1 s
 REFUSED_S = 60.0  # how long who was in before tries again: its key may be barred for what another with it did
 AGAIN_S = 1.0  # between two such tries
-# A tcp connection whose packets were not answered for so long is given up, on both sides: the kernel waits longer and
-# longer between two tries, and would notice a network that is back up to a minute late.
-UNANSWERED_MS = 4000
-# Messages that one peer may have waiting: tickets bound them to a handful, this bounds a hostile peer.
-HIGH_WATER_MARK = 256
 IDENTITY_BYTES = 16
 # A blob below this is copied on its way out: for each one that is not, pyzmq wakes a thread of its own, which takes the
 # interpreter's lock. Of 64 and of 195 KB, a rollout took its sender 200 us of CPU without the copy and 95 us with it.
 COPIED_BYTES = 1 << 18
-MAX_CONTROL_BYTES = 1 << 24  # a report names every actor, in some hundred bytes each
 MAX_FRAMES = 4  # of a message that are kept: the peer, the header, the blob, and one that is too many
-MAX_CONTROL_TURN = 256  # messages taken in before other things are looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,40 +65,7 @@ class Received:
     header_size: int = 0
 
 
-class _Sockets:
-    """Owns one context and what was opened on it."""
-
-    def __init__(self) -> None:
-        self._context = zmq.Context()
-        self._context.setsockopt(zmq.LINGER, 0)
-        self._bound: str | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close every socket; what could not be sent within their linger is gone."""
-        self._context.destroy()
-        if self._bound is not None and self._bound.startswith("ipc://"):
-            Path(self._bound.removeprefix("ipc://")).unlink(missing_ok=True)  # ZeroMQ leaves it
-            self._bound = None
-
-    def _socket(self, kind: int) -> zmq.Socket[bytes]:
-        opened = self._context.socket(kind)
-        opened.setsockopt(zmq.MAXMSGSIZE, MAX_BLOB_BYTES)
-        opened.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
-        opened.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
-        opened.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
-        opened.setsockopt(zmq.TCP_MAXRT, UNANSWERED_MS)
-        return opened
-
-
-class RolloutReceiver(_Sockets):
+class RolloutReceiver(Sockets):
     """The learner's end of every link. Used by one thread, except `wake`."""
 
     def __init__(
@@ -152,7 +100,7 @@ class RolloutReceiver(_Sockets):
                 self.gate.protect(self._router, keys.learner().secret)
             elif security_of(listen, insecure=insecure) == "curve":
                 raise UsageError(f"{listen} leaves this machine, and there are no keys for it")
-            self.address = self._bound = _bind(self._router, listen)
+            self.address = self._bound = bind(self._router, listen)
             self._router.bind(CUT)
         except BaseException:
             self.close()
@@ -248,7 +196,7 @@ class Sent:
             raise TimeoutError(f"the learner did not take a message within {timeout_s:.0f} s") from None
 
 
-class RolloutSender(_Sockets):
+class RolloutSender(Sockets):
     """An actor's end of the link, encrypted with a key if there is one."""
 
     def __init__(self, address: str, key: ActorKey | None = None) -> None:
@@ -405,113 +353,6 @@ class RolloutSender(_Sockets):
         if isinstance(received.message, WireError):
             raise received.message
         return received
-
-
-class ControlServer(_Sockets):
-    """The launcher's socket: JSON requests from the learner and the command line, both on this machine."""
-
-    def __init__(self, listen: str) -> None:
-        super().__init__()
-        self._router = self._socket(zmq.ROUTER)
-        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._router.setsockopt(zmq.MAXMSGSIZE, MAX_CONTROL_BYTES)
-        try:
-            self.address = self._bound = _bind(self._router, listen)
-        except BaseException:
-            self.close()
-            raise
-
-    def receive(self, timeout_s: float, descriptors: list[int]) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        """Wait until a message comes or one of the file descriptors is ready; yield the messages."""
-        poller = zmq.Poller()
-        poller.register(self._router, zmq.POLLIN)
-        for descriptor in descriptors:
-            poller.register(descriptor, zmq.POLLIN)
-        poller.poll(max(0, int(timeout_s * 1000)))
-        for _ in range(MAX_CONTROL_TURN):
-            try:
-                frames = self._router.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            peer, content = frames[0], decode_control(frames[1]) if len(frames) == 2 else None
-            if content is not None:
-                yield peer, content
-
-    def send(self, peer: bytes, content: dict[str, Any]) -> None:
-        """Answer or order; a peer that is gone is none of our business."""
-        with contextlib.suppress(zmq.ZMQError):
-            self._router.send_multipart([peer, msgspec.json.encode(content)], zmq.NOBLOCK)
-
-    def close(self) -> None:
-        """Close the socket; its path is removed."""
-        self._router.close(linger=500)
-        super().close()
-
-
-class ControlClient(_Sockets):
-    """A peer of the launcher: the learner, or a verb of the command line."""
-
-    def __init__(self, address: str) -> None:
-        super().__init__()
-        self._dealer = self._socket(zmq.DEALER)
-        self._dealer.connect(address)
-
-    def send(self, content: dict[str, Any]) -> None:
-        """Send; raises `TimeoutError` if the launcher does not read."""
-        try:
-            self._dealer.send(msgspec.json.encode(content), zmq.NOBLOCK)
-        except zmq.Again:
-            raise TimeoutError("the launcher does not read its control socket") from None
-
-    def receive(self, timeout_s: float) -> dict[str, Any] | None:
-        """The next message, or None when the time is over."""
-        if not self._dealer.poll(max(0, int(timeout_s * 1000))):
-            return None
-        return msgspec.json.decode(self._dealer.recv(), type=dict[str, Any])
-
-    def request(self, content: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """Send and wait for the answer; raises `TimeoutError`."""
-        self.send(content)
-        deadline = time.monotonic() + timeout_s
-        answer = self.receive(deadline - time.monotonic())
-        if answer is None:
-            raise TimeoutError(f"the launcher did not answer within {timeout_s:.0f} s")
-        return answer
-
-    def close(self) -> None:
-        """Close the socket after what was sent has left, within a limit."""
-        self._dealer.close(linger=1000)
-        super().close()
-
-
-def decode_control(content: bytes) -> dict[str, Any] | None:
-    """What a message on the control socket says; None if it is no JSON object."""
-    try:
-        return msgspec.json.decode(content, type=dict[str, Any])
-    except (ValueError, RecursionError):  # of which msgspec's errors are
-        return None
-
-
-def has_ipc() -> bool:
-    """Whether processes of this machine can talk over Unix sockets."""
-    return bool(zmq.has("ipc")) and sys.platform != "win32"
-
-
-def _bind(bound: zmq.Socket[bytes], listen: str) -> str:
-    if "[" in listen:
-        bound.setsockopt(zmq.IPV6, 1)
-    try:
-        bound.bind(listen)
-    except zmq.ZMQError as error:
-        if error.errno == zmq.EADDRINUSE:
-            raise UsageError(f"{listen} is in use; choose another port, or port 0 for a free one") from None
-        raise UsageError(f"cannot listen on {listen}: {error}") from None
-    address = bound.getsockopt(zmq.LAST_ENDPOINT)
-    assert isinstance(address, bytes)  # noqa: S101 - what this option always is
-    text = address.rstrip(b"\0").decode()
-    if text.startswith("ipc://"):
-        os.chmod(text.removeprefix("ipc://"), stat.S_IRUSR | stat.S_IWUSR)  # noqa: PTH101 - a socket, not a file
-    return text
 
 
 def _receive_frames(opened: zmq.Socket[bytes]) -> list[zmq.Frame]:

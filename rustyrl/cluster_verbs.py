@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rustyrl.channels import ControlClient
+from rustyrl.control import ControlClient
 from rustyrl.errors import RunFailedError, UsageError
 from rustyrl.remote import describe_answer
 from rustyrl.run_folder import find_run, is_live, list_runs

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rustyrl.addresses import listen_address, local_address, named_address, security_of
-from rustyrl.channels import ControlServer
 from rustyrl.config import Config
+from rustyrl.control import ControlServer
 from rustyrl.crew import Crew, idle_note
 from rustyrl.errors import RunFailedError, UsageError
 from rustyrl.goal import goal_conditions

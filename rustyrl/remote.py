@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rustyrl.channels import ControlClient
+from rustyrl.control import ControlClient
 from rustyrl.run_folder import ClusterFile
 
 __all__ = ["Remote", "describe_answer"]

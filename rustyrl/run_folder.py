@@ -14,9 +14,9 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 
-from rustyrl.channels import has_ipc
 from rustyrl.config import Config, config_to_toml
 from rustyrl.errors import UsageError
+from rustyrl.sockets import has_ipc
 from rustyrl.spec import EnvironmentSpec, spec_to_json
 
 try:

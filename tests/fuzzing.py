@@ -26,8 +26,9 @@ import numpy as np
 import zmq
 from test_wire import MESSAGES, ORIGIN, SLOTS, SPEC, T, make_weights
 
-from rustyrl.channels import _check_frames, decode_control
+from rustyrl.channels import _check_frames
 from rustyrl.config import Config, build_config, config_to_toml, parse_assignments, read_config
+from rustyrl.control import decode_control
 from rustyrl.curve import make_pair
 from rustyrl.errors import ContractError, RunFailedError, UsageError, WireError
 from rustyrl.keys import ActorKey, parse_actor_key

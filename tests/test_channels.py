@@ -9,14 +9,8 @@ import numpy as np
 import pytest
 from clusters import poll
 
-from rustyrl.channels import (
-    COPIED_BYTES,
-    MAX_CONTROL_TURN,
-    ControlClient,
-    ControlServer,
-    RolloutReceiver,
-    RolloutSender,
-)
+from rustyrl.channels import COPIED_BYTES, RolloutReceiver, RolloutSender
+from rustyrl.control import MAX_CONTROL_TURN, ControlClient, ControlServer
 from rustyrl.errors import UsageError, WireError
 from rustyrl.wire import Goodbye, Hello, Lease, TicketMessage, WeightsHeader
 

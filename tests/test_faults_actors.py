@@ -26,7 +26,7 @@ from clusters import (
     verb,
 )
 
-from rustyrl.channels import ControlClient
+from rustyrl.control import ControlClient
 
 TWO = (*ENDLESS, "--actors", "2")
 AGAIN = ("--set", "cluster.restarts=100")

@@ -25,7 +25,7 @@ from clusters import (
     words,
 )
 
-from rustyrl.channels import ControlClient
+from rustyrl.control import ControlClient
 from rustyrl.errors import UsageError
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]

@@ -13,7 +13,7 @@ import pytest
 import statuses
 from clusters import poll
 
-from rustyrl.channels import ControlServer
+from rustyrl.control import ControlServer
 from rustyrl.errors import UsageError
 from rustyrl.keyboard import split_keys
 from rustyrl.run_folder import ClusterFile, RunFolder

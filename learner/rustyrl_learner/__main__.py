@@ -12,8 +12,8 @@ from pathlib import Path
 
 import msgspec
 
-from rustyrl.channels import ControlClient
 from rustyrl.config import build_config, read_config
+from rustyrl.control import ControlClient
 from rustyrl.errors import RunFailedError, UsageError
 from rustyrl.parent import allow_tracing, die_with_parent
 from rustyrl.spare import AWAIT, await_orders

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from rustyrl.addresses import security_of
-from rustyrl.channels import ControlClient, RolloutReceiver
+from rustyrl.channels import RolloutReceiver
 from rustyrl.condition import meets
 from rustyrl.config import Config
+from rustyrl.control import ControlClient
 from rustyrl.descriptors import DescriptorWatch
 from rustyrl.errors import ContractError, RunFailedError, UsageError
 from rustyrl.goal import evaluation_conditions
