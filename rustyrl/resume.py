@@ -13,7 +13,9 @@ from rustyrl.config import Config, PPOConfig, build_config, read_config
 from rustyrl.errors import UsageError
 from rustyrl.spec import EnvironmentSpec, read_spec
 
-__all__ = ["RULES", "Rule", "check_resume", "resume_config", "seconds_before"]
+__all__ = ["BEHIND_S", "RULES", "Rule", "check_resume", "resume_config", "seconds_before"]
+
+BEHIND_S = 60.0  # of training that is given up at most so that what follows is in the same bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,13 +177,23 @@ def resume_config(run: Path) -> dict[str, dict[str, Any]]:
 
 
 def seconds_before(run: Path) -> float:
-    """How long a run had trained by its newest checkpoint that can be read; 0 without one."""
+    """How long a run had trained by the checkpoint that a resume goes on from; 0 without one that can be read."""
+    newest_s: float | None = None  # of one that is incomplete
     for path in sorted((run / "checkpoints").glob("[0-9]*/manifest.json"), reverse=True):
         try:
-            return msgspec.json.decode(path.read_bytes(), type=_Manifest).counters.seconds
+            manifest = msgspec.json.decode(path.read_bytes(), type=_Manifest)
         except (OSError, msgspec.DecodeError):
             continue  # the learner says what is wrong with it
-    return 0.0
+        seconds = manifest.counters.seconds
+        if newest_s is None and not manifest.incomplete:
+            return seconds
+        if newest_s is None:
+            newest_s = seconds
+        elif newest_s - seconds > BEHIND_S:
+            break
+        elif manifest.worlds and not manifest.incomplete:
+            return seconds
+    return newest_s or 0.0
 
 
 class _Counters(msgspec.Struct, frozen=True):
@@ -192,6 +204,8 @@ class _Manifest(msgspec.Struct, frozen=True):
     """The part of a checkpoint's manifest that is read here."""
 
     counters: _Counters
+    worlds: dict[int, int] = {}
+    incomplete: bool = False
 
 
 def _changed(before: Config, now: Config) -> list[tuple[str, Any, Any]]:

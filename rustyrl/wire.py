@@ -54,6 +54,7 @@ __all__ = [
     "encode_message",
     "encode_rollout",
     "encode_world_state",
+    "view_world_state",
 ]
 
 WIRE_VERSION = 5
@@ -398,18 +399,26 @@ def encode_world_state(
 
 
 def decode_world_state(header: WorldState, blob: memoryview) -> dict[str, NDArray[np.generic]]:
-    """The arrays of a world's state, copies of what the blob holds."""
+    """The arrays of a world's state, copies of what the blob holds; raises `WireError` as `view_world_state` does."""
+    return {name: view.copy() for name, view in view_world_state(header, blob).items()}
+
+
+def view_world_state(header: WorldState, blob: memoryview) -> dict[str, NDArray[np.generic]]:
+    """The arrays of a world's state where they lie in the blob.
+
+    Raises:
+        WireError: the blob is not what the header says.
+    """
     arrays: dict[str, NDArray[np.generic]] = {}
     offset = 0
     for array in header.arrays:
         count = math.prod(array.shape) * np.dtype(array.dtype).itemsize
         if offset + count > len(blob):
             raise WireError("truncated", f"{array.name} ends at byte {offset + count} of {len(blob)}")
-        content = bytes(blob[offset : offset + count])
-        if array.dtype == "bool" and content.strip(b"\0\1"):
+        if array.dtype == "bool" and count and np.maximum.reduce(_flat(blob, offset, count)) > 1:
             raise WireError("malformed", f"{array.name} holds bytes that are neither False nor True")
         try:
-            arrays[array.name] = np.frombuffer(content, array.dtype).reshape(array.shape)
+            arrays[array.name] = np.ndarray(array.shape, array.dtype, blob, offset)
         except ValueError as error:
             raise WireError("malformed", f"{array.name}: {error}") from None
         offset += count

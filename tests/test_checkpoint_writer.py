@@ -51,9 +51,9 @@ def held(monkeypatch) -> Iterator[threading.Event]:
     go = threading.Event()
     save = checkpoint.save
 
-    def slow(*arguments):
+    def slow(*arguments, **named):
         assert go.wait(10.0)
-        return save(*arguments)
+        return save(*arguments, **named)
 
     monkeypatch.setattr(checkpoint_writer.checkpoint, "save", slow)
     yield go
@@ -106,9 +106,9 @@ def test_only_the_first_is_waited_for(writer, monkeypatch):
     go = threading.Event()
     save = checkpoint.save
 
-    def slow(folder, counters, *others):
+    def slow(folder, counters, *others, **named):
         assert counters.policy_version == 1 or go.wait(10.0)
-        return save(folder, counters, *others)
+        return save(folder, counters, *others, **named)
 
     monkeypatch.setattr(checkpoint_writer.checkpoint, "save", slow)
     begin(writer, 1)

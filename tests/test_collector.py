@@ -737,6 +737,8 @@ def test_a_copy_of_another_batch_or_from_another_actor_is_not_taken() -> None:
         assert not gathering.take(peer, state, memoryview(blob))
     state, blob = kept(0, 5)
     assert gathering.take(b"a", state, memoryview(blob))
+    gathering.lose(b"a")
+    gathering.done.set()
     assert gathering.end() == {0: kept(0, 5)}
     state, blob = kept(1, 5)
     assert not gathering.take(b"a", state, memoryview(blob))  # it is over

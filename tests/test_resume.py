@@ -129,3 +129,19 @@ def test_the_time_of_a_run_goes_on(run: Path) -> None:
     (run / "checkpoints" / "000000009" / "manifest.json").write_bytes(b'{"counters":{"seconds"')
     assert seconds_before(run) == spent_s
     assert seconds_before(run / "nowhere") == 0.0
+
+
+def test_the_time_counts_from_where_a_resume_goes_on(run: Path) -> None:
+    """Which is the newest exact checkpoint, if one that is incomplete is not much newer."""
+
+    def stands(version: int, seconds: float, **fields: Any) -> None:
+        path = run / "checkpoints" / f"{version:09d}"
+        path.mkdir()
+        (path / "manifest.json").write_text(json.dumps({"counters": {"seconds": seconds}, **fields}))
+
+    stands(5, 10.0, worlds={0: 0})
+    stands(6, 20.0, worlds={0: 0}, incomplete=True)
+    stands(7, 70.0, incomplete=True)
+    assert seconds_before(run) == 10.0
+    stands(8, 71.0, incomplete=True)
+    assert seconds_before(run) == 71.0

@@ -26,6 +26,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from rustyrl.errors import RunFailedError
+from rustyrl.resume import BEHIND_S
 from rustyrl_learner.gathering import KeptWorld
 from rustyrl_learner.kept_worlds import pack_worlds, unpack_worlds
 
@@ -34,6 +35,7 @@ __all__ = [
     "Counters",
     "Loaded",
     "Manifest",
+    "WorldsNotPackedError",
     "list_checkpoints",
     "load_newest",
     "prune",
@@ -48,6 +50,10 @@ UNREADABLE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPER
 FORMAT = 2  # 1 had no worlds and no episodes
 WORLDS = "worlds.safetensors"
 EPISODES = "episodes."  # tensors of training episodes, which report NaN where a number means nothing
+
+
+class WorldsNotPackedError(ValueError):
+    """The worlds cannot be written, the rest of a checkpoint can."""
 
 
 class Counters(msgspec.Struct, frozen=True):
@@ -70,6 +76,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
     worlds: those that it holds, and the batch that their episodes began with
     rustyrl: the version that wrote it
+    incomplete: it lacks worlds that go on in the run that wrote it, and others of that run do not
     """
 
     counters: Counters
@@ -79,6 +86,12 @@ class Manifest(msgspec.Struct, frozen=True):
     format: int
     worlds: dict[int, int] = {}
     rustyrl: str = ""
+    incomplete: bool = False
+
+    @property
+    def exact(self) -> bool:
+        """Whether what goes on from it comes to the bits of the run that wrote it."""
+        return bool(self.worlds) and not self.incomplete
 
 
 class Loaded(NamedTuple):
@@ -105,12 +118,17 @@ def save(
     fingerprint: str,
     incarnation: int,
     worlds: Mapping[int, KeptWorld] | None = None,
+    *,
+    incomplete: bool = False,
 ) -> Path:
-    """Write one checkpoint into ``folder``; returns its path. A whole one of this version stays as it is.
+    """Write one checkpoint into ``folder``; returns its path.
+
+    A whole one of this version stays as it is, unless that is incomplete and this one is not.
 
     Raises:
         OSError: it could not be written.
         ValueError: a tensor holds numbers that are not finite, so that nothing could go on from it.
+        WorldsNotPackedError: the worlds cannot be written, whatever the reason; nothing was.
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not name.startswith(EPISODES) and not tensor.isfinite().all():
@@ -118,17 +136,22 @@ def save(
     target = folder / f"{counters.policy_version:09d}"
     if target.exists():
         try:
-            _read(target)
+            there, _ = _read(target)
         except (OSError, ValueError):
             shutil.rmtree(target)  # damaged: training went back behind it and has come here again
         else:
-            return target
+            if incomplete or not there.incomplete:
+                return target
+    try:
+        packed = pack_worlds(worlds) if worlds else b""
+    except Exception as error:
+        raise WorldsNotPackedError(f"{type(error).__name__}: {error}") from error
     files = {
         "policy.safetensors": policy,
         "learner.safetensors": save_tensors({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}),
     }
     if worlds:
-        files[WORLDS] = pack_worlds(worlds)
+        files[WORLDS] = packed
     manifest = Manifest(
         counters=counters,
         fingerprint=fingerprint,
@@ -137,6 +160,7 @@ def save(
         format=FORMAT,
         worlds={world: state.built for world, (state, _) in (worlds or {}).items()},
         rustyrl=_version(),
+        incomplete=incomplete,
     )
     files["manifest.json"] = msgspec.json.encode(manifest)
     files["manifest.sha256"] = hashlib.sha256(files["manifest.json"]).hexdigest().encode()
@@ -150,6 +174,10 @@ def save(
                 file.flush()
                 os.fsync(file.fileno())
         _sync_folder(partial)
+        if target.exists():  # an incomplete one: prune removes it under this name
+            replaced = folder / f".{target.name}.replaced.partial"
+            shutil.rmtree(replaced, ignore_errors=True)
+            target.rename(replaced)
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
@@ -163,8 +191,16 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("[0-9]*") if path.is_dir() and path.name.isdigit())
 
 
-def load_newest(folder: Path, fingerprint: str, warn: Callable[[str], None] = log.warning) -> Loaded | None:
+def load_newest(
+    folder: Path, fingerprint: str, warn: Callable[[str], None] = log.warning, *, exact: bool = False
+) -> Loaded | None:
     """The newest checkpoint whose bytes are as they were written; warns of each that is not, and puts it aside.
+
+    Args:
+        folder: of all of them.
+        fingerprint: of the environment.
+        warn: is told what is not whole or passed over.
+        exact: pass over an incomplete one for an exact one that is at most `BEHIND_S` of training older.
 
     Raises:
         RunFailedError: there are checkpoints but none is whole, or they are of another environment or of a newer
@@ -189,6 +225,14 @@ def load_newest(folder: Path, fingerprint: str, warn: Callable[[str], None] = lo
             shutil.rmtree(folder / f"{DAMAGED}{other.name}", ignore_errors=True)
             with contextlib.suppress(OSError):
                 other.rename(folder / f"{DAMAGED}{other.name}")
+        if exact and manifest.incomplete and (better := _exact_before(path, manifest, found)):
+            newest, (path, manifest, data) = manifest.counters, better
+            again = newest.policy_version - manifest.counters.policy_version
+            warn(
+                f"the newest checkpoint, of version {newest.policy_version}, lacks worlds: going back to version "
+                f"{manifest.counters.policy_version}, the newest exact one; {again} updates are done again, to the "
+                "same bits"
+            )
         kept = data.get(WORLDS)
         batch, built = manifest.counters.policy_version, manifest.worlds
         worlds = {} if kept is None else unpack_worlds(kept, batch, built)
@@ -208,15 +252,37 @@ def whole_policy(folder: Path, version: int) -> Path | None:
     return path / "policy.safetensors"
 
 
-def prune(folder: Path, kept: int, protected: set[int]) -> None:
-    """Remove all but the newest ``kept`` checkpoints and those of the ``protected`` policy versions."""
+def prune(folder: Path, kept: int, protected: set[int], newest: int | None = None) -> None:
+    """Remove all but the newest ``kept`` checkpoints and those of the ``protected`` policy versions.
+
+    Args:
+        folder: of all of them.
+        kept: how many stay.
+        protected: those of these policy versions do, too.
+        newest: version that was written last: training went back behind those of later ones, and does them again.
+    """
     found = list_checkpoints(folder)
-    for path in found[:-kept]:
+    ahead = [path for path in found if newest is not None and int(path.name) > newest]
+    for path in [*found[: len(found) - len(ahead)][:-kept], *ahead]:
         if int(path.name) not in protected:
             with contextlib.suppress(OSError):  # under a name that is none, so that half of one passes for none
                 path.rename(folder / f".{path.name}.partial")
     for partial in folder.glob(".*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _exact_before(incomplete: Path, its: Manifest, found: list[Path]) -> tuple[Path, Manifest, dict[str, bytes]] | None:
+    """The newest exact checkpoint before an incomplete one, if that gives up little training."""
+    for path in reversed(found[: found.index(incomplete)]):
+        try:
+            manifest, data = _read(path)
+        except (OSError, ValueError, RecursionError):
+            continue  # it is not needed, and stays where it is
+        if manifest.fingerprint != its.fingerprint or its.counters.seconds - manifest.counters.seconds > BEHIND_S:
+            return None
+        if manifest.exact:
+            return path, manifest, data
+    return None
 
 
 def _read(path: Path) -> tuple[Manifest, dict[str, bytes]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from rustyrl_learner import checkpoint
-from rustyrl_learner.checkpoint import Counters
+from rustyrl_learner.checkpoint import Counters, WorldsNotPackedError
 from rustyrl_learner.gathering import KeptWorld
 
 __all__ = ["CheckpointWriter", "Written"]
@@ -20,12 +20,26 @@ __all__ = ["CheckpointWriter", "Written"]
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """How the writing of one checkpoint ended: ``path``, or None and the ``problem``; how many worlds it holds."""
+    """How the writing of one checkpoint ended.
+
+    path: None if it could not be written
+    problem: why not
+    worlds: how many it holds
+    incomplete: it lacks worlds that go on
+    lost: why those that were copied are not in it, "" if they are
+    """
 
     counters: Counters
     path: Path | None
     problem: str = ""
     worlds: int = 0
+    incomplete: bool = False
+    lost: str = ""
+
+    @property
+    def exact(self) -> bool:
+        """Whether what goes on from it comes to the same bits."""
+        return bool(self.worlds) and not self.incomplete
 
     @property
     def version(self) -> int:
@@ -40,6 +54,8 @@ class _Job:
     tensors: dict[str, Tensor]
     protected: set[int]
     worlds: Mapping[int, KeptWorld]
+    incomplete: bool
+    exact: frozenset[int]
 
 
 class CheckpointWriter:
@@ -75,12 +91,25 @@ class CheckpointWriter:
         tensors: dict[str, Tensor],
         protected: set[int],
         worlds: Mapping[int, KeptWorld] | None = None,
+        *,
+        incomplete: bool = False,
+        exact: frozenset[int] = frozenset(),
     ) -> None:
-        """Copy the tensors and have them written; checkpoints of ``protected`` versions are not removed for it."""
+        """Copy the tensors and have them written.
+
+        Args:
+            counters: how far training has come.
+            policy: as actors read it.
+            tensors: all other state.
+            protected: versions whose checkpoints are not removed for it.
+            worlds: that stand there.
+            incomplete: these are not all that go on.
+            exact: versions whose checkpoints are removed for an exact one only.
+        """
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         self._waiting += 1
         self._begun_at = time.monotonic()
-        self._jobs.put(_Job(counters, policy, copies, protected, worlds or {}))
+        self._jobs.put(_Job(counters, policy, copies, protected, worlds or {}, incomplete, exact))
 
     def ended(self, timeout_s: float = 0.0) -> list[Written]:
         """Those that were written, or could not be, since the last call; waits for the first if there is none."""
@@ -103,18 +132,32 @@ class CheckpointWriter:
         while (job := self._jobs.get()) is not None:
             started = time.monotonic()
             try:
-                path = checkpoint.save(
-                    self._folder,
-                    job.counters,
-                    job.policy,
-                    job.tensors,
-                    self._fingerprint,
-                    self._incarnation,
-                    job.worlds,
-                )
-                checkpoint.prune(self._folder, self._kept, job.protected)
+                written = self._write(job)
+                protected = job.protected if written.exact else job.protected | job.exact
+                checkpoint.prune(self._folder, self._kept, protected, written.version)
             except Exception as error:  # whatever it was, training goes on and the training thread says so
                 self._ended.put(Written(job.counters, None, f"{type(error).__name__}: {error}"))
             else:
                 self.write_s = time.monotonic() - started
-                self._ended.put(Written(job.counters, path, worlds=len(job.worlds)))
+                self._ended.put(written)
+
+    def _write(self, job: _Job) -> Written:
+        """One checkpoint, without its worlds if they cannot be written: they never cost what was learned."""
+        try:
+            path = self._save(job, job.worlds, incomplete=job.incomplete)
+        except WorldsNotPackedError as error:
+            path = self._save(job, {}, incomplete=True)
+            return Written(job.counters, path, incomplete=True, lost=str(error))
+        return Written(job.counters, path, worlds=len(job.worlds), incomplete=job.incomplete)
+
+    def _save(self, job: _Job, worlds: Mapping[int, KeptWorld], *, incomplete: bool) -> Path:
+        return checkpoint.save(
+            self._folder,
+            job.counters,
+            job.policy,
+            job.tensors,
+            self._fingerprint,
+            self._incarnation,
+            worlds,
+            incomplete=incomplete,
+        )

@@ -40,6 +40,7 @@ from rustyrl_learner.batch import BatchBuffer
 from rustyrl_learner.gathering import Gathering, KeptWorld
 from rustyrl_learner.ingest import admit
 from rustyrl_learner.outbox import Outbox
+from rustyrl_learner.owing import Owing
 from rustyrl_learner.roster import Actor, Roster
 from rustyrl_learner.tickets import TicketBook
 
@@ -100,6 +101,7 @@ class Collector:
             self._book.worlds_restarted = config.batch.worlds - len(self._kept)
         self._gathering: Gathering | None = None
         batch = config.batch
+        self._owing = Owing(range(batch.worlds) if incarnation else ())
         self._allowance = Allowance(batch.worlds, batch.max_policy_lag, largest_message(spec, config))
         self._filling: dict[int, BatchBuffer] = {}
         self._done: set[int] = set()
@@ -202,6 +204,7 @@ class Collector:
         except BaseException as error:  # it is raised again in the training thread
             self._complete.put(error)
             if self._gathering is not None:
+                self._gathering.broken = True
                 self._gathering.done.set()
             if isinstance(error, ContractError | RunFailedError):  # else this process is replaced, and actors wait
                 self._roster.say_goodbye()
@@ -238,6 +241,9 @@ class Collector:
                 self._receiver.send(peer, Rejoin())
             case message if actor is not None:
                 return self._handle_actor(peer, actor, message, received.blob)
+            case WorldState() as state:  # asked for by the learner before this one, or before its owner was given up
+                self._roster.count("unknown-peer")
+                return self._owing.settle(peer, state.world)
             case other:
                 self._roster.count(f"unexpected-{type(other).__name__.lower()}")
         return False
@@ -254,11 +260,7 @@ class Collector:
             case Ready(fingerprint):
                 self._roster.admit(peer, actor, fingerprint)
             case WorldState() as state:
-                if self._gathering is not None and self._gathering.take(peer, state, blob):
-                    return True
-                if self._book.gives(peer, state.world):  # else it came too late
-                    self._pass_on(state, blob)
-                    return True
+                return self._take_world(peer, state, blob)
             case Fault(reason) if actor.ready:
                 raise ContractError(printable(reason))
             case Goodbye() | Refusal():
@@ -266,6 +268,24 @@ class Collector:
             case other:
                 self._roster.count(f"unexpected-{type(other).__name__.lower()}")
         return False
+
+    def _take_world(self, peer: bytes, state: WorldState, blob: memoryview) -> bool:
+        """Take in the state of a world; whether it was asked for, be it that it comes too late."""
+        asked = self._owing.settle(peer, state.world)
+        try:
+            if self._gathering is not None and self._gathering.take(peer, state, blob):
+                return True
+        except WireError as error:  # no honest actor sends one, and this one would begin anew with each checkpoint
+            self._roster.count(error.reason)
+            self._receiver.send(
+                peer, Refusal(f"the state of world {state.world} is not what its message says: {error}")
+            )
+            self._roster.lose(peer, f"it sent a broken state of world {state.world}: {error}")
+            return True
+        if self._book.gives(peer, state.world):
+            self._pass_on(state, blob)
+            return True
+        return asked
 
     def _take_rollout(self, peer: bytes, actor: Actor, header: RolloutHeader, blob: memoryview) -> bool:
         """Take in a rollout; whether it answers a ticket."""
@@ -343,12 +363,14 @@ class Collector:
         for member in self._book.members:
             if member.worlds and self._outbox.send(member.peer, Snapshot(tuple(member.worlds))):
                 gathering.ask(member.peer, tuple(member.worlds))
+                self._owing.ask(member.peer, member.worlds)
 
     def _ask_for_states(self) -> None:
         """Have worlds that move handed over; who does not do it in time is not waited for."""
         now = time.monotonic()
         for peer, worlds in self._book.handovers():
             self._asked |= dict.fromkeys(worlds, now)
+            self._owing.ask(peer, worlds)
             if not self._outbox.send(peer, HandOver(worlds)):
                 self._roster.lose(peer, "it cannot be reached")
         for world in [w for w, since in self._asked.items() if now - since > self._config.cluster.lease_s]:

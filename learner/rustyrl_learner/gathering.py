@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from rustyrl.wire import WorldState
+from rustyrl.wire import WorldState, view_world_state
 
 __all__ = ["Gathering", "KeptWorld"]
 
@@ -16,12 +16,14 @@ class Gathering:
 
     batch: the worlds are to stand before this one
     done: set when nothing more will come
+    broken: whether that is because the receive thread has ended
     stateless: whether a world came without a state, as those do that cannot save
     """
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
         self.done = threading.Event()
+        self.broken = False
         self.stateless = False
         self._found: dict[int, KeptWorld] = {}
         self._awaited: dict[int, bytes] = {}  # worlds that are to come, and from whom
@@ -36,9 +38,14 @@ class Gathering:
         self._awaited |= dict.fromkeys(worlds, peer)
 
     def take(self, peer: bytes, state: WorldState, blob: memoryview) -> bool:
-        """Take in a world; False if it is none that is awaited. One without a state is not waited for any more."""
+        """Take in a world; False if it is none that is awaited. One without a state is not waited for any more.
+
+        Raises:
+            WireError: its state is not what its message says.
+        """
         if self._awaited.get(state.world) != peer or (state.arrays and state.next_batch != self.batch):
             return False
+        view_world_state(state, blob)
         self._awaited.pop(state.world, None)  # the other thread may have ended it just now
         self.stateless = self.stateless or not state.arrays
         if state.arrays:
@@ -49,7 +56,12 @@ class Gathering:
         """An actor is gone, and its worlds with it."""
         self._awaited = {world: giver for world, giver in self._awaited.items() if giver != peer}
 
-    def end(self) -> dict[int, KeptWorld]:
-        """By world, what has come; no more is taken in."""
+    def end(self) -> dict[int, KeptWorld] | None:
+        """By world, what has come; None if more would have. No more is taken in.
+
+        Worlds whose owner is gone are not in it, and begin anew in the run that goes on, too. Those that were only too
+        late go on there: without them the others are no state that the run was ever in.
+        """
+        whole = self.done.is_set() and not self.broken
         self._awaited = {}
-        return dict(self._found)
+        return dict(self._found) if whole else None

@@ -154,7 +154,7 @@ class Learner:
                 version, rate = self._counters.policy_version + 1, self._counters.learning_rate
                 raise FloatingPointError(explain_not_finite(str(error), version, self._config.ppo, rate)) from error
             raise
-        self._save_last(exact=True)
+        self._save_last(exact=reason != "total_steps")  # the end of the budget is what all of it was for
         if reason == "total_steps":
             self._await_candidates()
             reason = self._stop_reason or reason
@@ -331,6 +331,8 @@ class Learner:
             if version in self._candidates:
                 self._candidates.remove(version)
         else:
+            if remark := self._keeper.explain(written):
+                self._say(remark)
             if version in self._candidates:
                 policy = str(written.path / "policy.safetensors")
                 self._control.send({"kind": "candidate", "version": version, "policy": policy})
@@ -343,29 +345,33 @@ class Learner:
         """Write the state that training ends with, and wait for it.
 
         Args:
-            exact: leave the newest checkpoint with every world as the newest, if the end is not at a batch edge, so
-                that what goes on from there comes to the same bits; not if that gives up much training.
+            exact: write none if the end is not at a batch edge, so that what goes on from the newest exact one comes to
+                the same bits; not if that gives up much training.
 
         Raises:
             RunFailedError: it could not be written.
         """
+        deadline = time.monotonic() + SAVE_S
+        self._await_writer(deadline)  # what it is at may be the newest exact one
         again = self._keeper.stays_behind(self._counters) if exact else None
         if again is None:
             self._begin_checkpoint()
         elif again:
             self._say(
-                "the batch that was under way could not be ended in time: the newest checkpoint stays version "
-                f"{self._counters.policy_version - again}, from which a resumed run does {again} updates again, to the "
-                "same bits"
+                "the batch that was under way could not be ended, or its worlds be copied, in time: a resumed run goes "
+                f"on from version {self._counters.policy_version - again}, the newest exact checkpoint, and does "
+                f"{again} updates again, to the same bits"
             )
-        deadline = time.monotonic() + SAVE_S
-        while self._keeper.writer.busy and time.monotonic() < deadline:
-            for written in self._keeper.writer.ended(WAIT_S):
-                self._end_checkpoint(written)
+        self._await_writer(deadline)
         if self._keeper.writer.busy:
             raise RunFailedError(f"the last checkpoint was not written within {SAVE_S:.0f} s")
         if self._keeper.problem:
             raise RunFailedError(f"the last checkpoint could not be written: {self._keeper.problem}")
+
+    def _await_writer(self, deadline: float) -> None:
+        while self._keeper.writer.busy and time.monotonic() < deadline:
+            for written in self._keeper.writer.ended(WAIT_S):
+                self._end_checkpoint(written)
 
     def _say(self, message: str) -> None:
         """Have the launcher show something."""
@@ -376,7 +382,8 @@ class Learner:
     def _resume(self) -> Mapping[int, KeptWorld] | None:
         """Take the newest checkpoint's state; the worlds that it holds, None if there is no checkpoint."""
         folder = self._run_folder / "checkpoints"
-        loaded = checkpoint.load_newest(folder, self._spec.fingerprint, self._say)
+        exact = not self._config.batch.max_policy_lag
+        loaded = checkpoint.load_newest(folder, self._spec.fingerprint, self._say, exact=exact)
         if loaded is None:
             self._say(f"nothing to resume from in {folder}, starting anew")
             return None
