@@ -754,6 +754,7 @@ def test_when_the_receive_thread_breaks_nobody_waits_for_copies(patient, monkeyp
         peer.next(Snapshot)
         monkeypatch.setattr(thread, "_check_start", lambda _: 1 / 0)
         assert gathering.done.wait(10.0)
+        assert gathering.end() is None
         with pytest.raises(ZeroDivisionError):
             thread.next_batch(10.0)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from clusters import COUNTING, SMALL, await_status, poll, verb
+from clusters import WORLDS as WORLDS_FOLDER
 from resumes import STATEFUL, assert_same_end, interrupt_at, kill_everything, newest, terminate
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
@@ -49,6 +50,58 @@ def test_a_stop_too_short_for_the_batch_leaves_the_newest_exact_checkpoint_the_n
     name, files = newest(cluster.run)
     assert (name, "worlds.safetensors" in files) == ("000000001", True)
     assert cluster.rows()[-1]["policy_version"] == 1
+
+
+def test_a_stop_that_cuts_copies_short_leaves_the_exact_checkpoint_to_go_on_from(start):
+    """Some of the four worlds come in time for it, which makes no state that the run was ever in."""
+    world = f"{WORLDS_FOLDER}/slow_copies.py:SlowCopies"
+    arguments = ("train", world, "--actors", "1", "--total-steps", "1000000000", *SMALL, *STATEFUL)
+    cluster = start(*arguments, "--set", "cluster.stop_s=4")
+    cluster.await_version(30)
+    cluster.process.send_signal(signal.SIGTERM)
+    code, _, err = cluster.wait()
+    assert code == 143, err
+    said = err.replace("\n", " ")
+    assert "copying the worlds for a checkpoint is slow" in said
+    assert "a resumed run goes on from version 1, the newest exact checkpoint" in said
+    name, files = newest(cluster.run)
+    assert (name, "worlds.safetensors" in files) == ("000000001", True)
+    again = start("train", "--resume", "--json", run=cluster.run)
+    poll(lambda: "going on from version 1 with the running episodes of all worlds (4)" in again.said()[1], "the resume")
+    terminate(again)
+
+
+def test_the_end_of_the_budget_is_written_though_copies_take_too_long(start):
+    world = f"{WORLDS_FOLDER}/slow_copies.py:SlowFromThenOn"
+    arguments = ("train", world, "--actors", "1", "--total-steps", "5000", *SMALL, *STATEFUL)
+    cluster = start(*arguments, "--set", "run.checkpoint_every_s=1000", "--set", "run.checkpoint_every=1000000")
+    code, out, err = cluster.wait()
+    assert code == 0, err
+    last = cluster.rows()[-1]["policy_version"]
+    name, files = newest(cluster.run)
+    assert (int(name), "worlds.safetensors" in files) == (last, False)
+    assert json.loads(out)["policy_version"] == last
+    assert f"the checkpoint of version {last} lacks worlds" in err.replace("\n", " ")
+
+
+def test_a_resume_passes_over_the_checkpoint_of_a_paused_run(start):
+    arguments = ("train", "cartpole", "--actors", "1", "--total-steps", "1000000000", *SMALL, *STATEFUL)
+    arguments += ("--set", "run.checkpoint_every_s=1000", "--set", "run.checkpoint_every=1000000")
+    cluster = start(*arguments, "--set", "run.checkpoints_kept=1")
+    cluster.await_version(5)
+    verb(cluster, "pause")
+    await_status(cluster, lambda status: status["state"] == "paused", "the pause")
+    paused = verb(cluster, "checkpoint")["version"]
+    assert paused > 1
+    kill_everything(cluster)
+    assert f"the checkpoint of version {paused} lacks worlds" in cluster.said()[1].replace("\n", " ")
+    assert int(newest(cluster.run)[0]) == paused
+    again = start("train", "--resume", "--json", run=cluster.run)
+    poll(lambda: "going on from version 1 with the running episodes of all worlds (4)" in again.said()[1], "the resume")
+    again.await_version(paused + 1)
+    terminate(again)
+    assert "worlds.safetensors" in newest(cluster.run)[1]
+    assert [row["policy_version"] for row in again.rows()] == list(range(1, len(again.rows()) + 1))
 
 
 def test_a_stop_that_gives_up_updates_says_so(start):
