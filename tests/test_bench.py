@@ -56,6 +56,7 @@ def test_a_cluster_is_measured_and_its_limit_named():
     assert result["verdict"].startswith("the learner waits ")
 
 
+@pytest.mark.slow
 def test_scaling_compares_numbers_of_actors_and_draws_them(tmp_path):
     slow = (*SMALL, "--env", f"{WORLDS}/counting.py:Counting", "--set", "env.delay_ms=5", "--set", "batch.worlds=2")
     slow += ("--set", "batch.unroll_length=4")

@@ -53,6 +53,7 @@ def test_world_overhead_accounts_for_the_whole_step(tmp_path):
         assert 0 < row["share"] < 1
 
 
+@pytest.mark.slow
 def test_policy_lag_compares_lags_with_and_without_vtrace(tmp_path):
     tiny = ["--seeds", "1", "--env", "cartpole", "--lag", "2", "--total-steps", "20000"]
     content, said = run(tmp_path, "policy_lag.py", *tiny, "--jobs", "2", "--plot", str(tmp_path / "lag.svg"))
@@ -64,6 +65,7 @@ def test_policy_lag_compares_lags_with_and_without_vtrace(tmp_path):
     assert "<polyline" in (tmp_path / "lag.svg").read_text()
 
 
+@pytest.mark.slow
 def test_default_settings_train_with_nothing_but_a_budget(tmp_path):
     tiny = ["--seeds", "1", "--env", "CartPole-v1", "--total-steps", "4000"]
     content, said = run(tmp_path, "default_settings.py", *tiny)

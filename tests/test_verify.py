@@ -193,6 +193,7 @@ def test_bad_use_is_refused_before_anything_is_trained(arguments, said, tmp_path
     assert said in str(done.exception)
 
 
+@pytest.mark.slow
 def test_verify_trains_with_real_actors_and_says_that_it_did_not_pass(tmp_path):
     arguments = ["cartpole-zoo", "--seeds", "1", "--lag", "1", "--total-steps", "1024", "--json"]
     where = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "result.json")]
