@@ -94,27 +94,30 @@ def join_address(text: str, *, keyed: bool, insecure: bool) -> str:
 
 def local_address(bound: str) -> str:
     """How an actor of this machine joins what is bound there."""
-    if _is_ipc(bound):
+    place = _of_every_interface(bound)
+    if place is None:
         return bound
-    place = _parse(bound)
-    ip = _ip(place.host)
-    if ip is None or not ip.is_unspecified:
-        return bound
-    return str(_Place("127.0.0.1" if ip.version == 4 else "::1", place.port))
+    return str(_Place("::1" if ":" in place.host else "127.0.0.1", place.port))
 
 
 def named_address(bound: str) -> str:
     """How another machine is told to join what is bound there: for all interfaces, by that of its default route."""
-    if _is_ipc(bound):
-        return bound
-    place = _parse(bound)
-    ip = _ip(place.host)
-    if ip is None or not ip.is_unspecified:
+    place = _of_every_interface(bound)
+    if place is None:
         return bound
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         asked.connect(ELSEWHERE)  # chooses a route and sends nothing
         return str(_Place(asked.getsockname()[0], place.port))
     return str(_Place(socket.gethostname(), place.port))
+
+
+def _of_every_interface(bound: str) -> _Place | None:
+    """What is bound there, if that is every interface of this machine."""
+    if _is_ipc(bound):
+        return None
+    place = _parse(bound)
+    ip = _ip(place.host)
+    return place if ip is not None and ip.is_unspecified else None
 
 
 def _is_ipc(address: str) -> bool:

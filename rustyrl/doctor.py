@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 import msgspec
 import psutil
 
+from rustyrl.installed import installed_version
 from rustyrl.processes import available_cores
 
 try:
@@ -43,7 +43,7 @@ MIN_FREE_BYTES = 1 << 30
 def examine() -> dict[str, Any]:
     """Versions, device, cores, memory, limits; ``problems`` is what is wrong, in words with a remedy."""
     problems: list[str] = []
-    packages = {name: _version(name) for name in (*BASE, *LEARNER)}
+    packages = {name: installed_version(name) or "missing" for name in (*BASE, *LEARNER)}
     for name in BASE:
         if packages[name] == "missing":
             problems.append(f"{name} is missing: pip install rustyrl")
@@ -63,7 +63,7 @@ def examine() -> dict[str, Any]:
     if not os.access(".", os.W_OK):
         problems.append("this folder is not writable: name a run folder elsewhere with --run")
     return {
-        "rustyrl": _version("rustyrl"),
+        "rustyrl": installed_version("rustyrl") or "missing",
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,
@@ -77,13 +77,6 @@ def examine() -> dict[str, Any]:
         "temporary_folder": tempfile.gettempdir(),
         "problems": problems,
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
 
 
 def _ask_torch() -> dict[str, Any]:

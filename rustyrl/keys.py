@@ -123,9 +123,10 @@ class KeyRing:
         """Make a key of this name, which the learner lets in from now on; the file to hand on."""
         if not NAME.fullmatch(name) or name == "learner":
             raise UsageError(f"{name!r} is no name for a key; expected letters, digits, - and _, 64 at most")
-        if any(listed.name == name for listed in self.list()):
+        there = self.list()
+        if any(listed.name == name for listed in there):
             raise UsageError(f"there is a key {name!r} already, or was and is revoked; choose another name")
-        if len(self.list()) >= MAX_KEYS:
+        if len(there) >= MAX_KEYS:
             raise UsageError(f"there are {MAX_KEYS} keys already; actors may share one")
         return self._write_pair(name)
 

@@ -42,13 +42,14 @@ def new(name: KeyName, run: RunOption = None, json: Json = False) -> None:
 def list_keys(run: RunOption = None, json: Json = False) -> None:
     """List the keys of a run, without their secrets."""
     found, ring = _find(run)
-    rows = [{"name": key.name, "public": key.public, "made": key.made, "revoked": key.revoked} for key in ring.list()]
+    keys = ring.list()
+    rows = [{"name": key.name, "public": key.public, "made": key.made, "revoked": key.revoked} for key in keys]
     if json:
         print_json({"run": str(found), "keys": rows})
         return
     typer.echo(f"keys of {_named(found)}")
     table = Table("key", "made", "let in", "for")
-    for key in ring.list():
+    for key in keys:
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(key.made))
         use = "the actors that the run starts" if key.name == LAUNCHED else "other machines"
         table.add_row(key.name, made, "yes" if key.revoked is None else "no, revoked", use)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import importlib.util
 import platform
 import statistics
@@ -11,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rustyrl.errors import UsageError
+from rustyrl.installed import installed_version
 from rustyrl.presets import Preset
 from rustyrl.processes import available_cores
 from rustyrl.trials import Outcome, Outcomes, Trial, budget
@@ -111,10 +110,7 @@ def judge(
 
 def machine() -> dict[str, Any]:
     """What the runs ran on, as the results of benchmarks say it."""
-    versions: dict[str, str] = {}
-    for name in VERSIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
+    versions = {name: found for name in VERSIONS if (found := installed_version(name))}
     return {
         "cores": available_cores(),
         "processor": platform.processor() or platform.machine(),

@@ -9,7 +9,6 @@ it is counted. docs/protocol.md says all of it to those who write an actor in an
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Annotated, Any, Literal, get_args
 
@@ -20,6 +19,7 @@ from msgspec import Meta
 from numpy.typing import NDArray
 
 from rustyrl.errors import WireError
+from rustyrl.installed import installed_version
 from rustyrl.rollout import (
     EpisodeRows,
     Rollout,
@@ -272,25 +272,15 @@ def decode_header(frame: bytes | memoryview) -> Message:
     if not isinstance(content, list) or len(content) != 2 or type(content[0]) is not int:
         raise WireError("malformed", "a header is [wire version, body]")
     if content[0] != WIRE_VERSION:
-        ours = f"this side {WIRE_VERSION} (rustyrl {_release()})"
+        release = installed_version("rustyrl") or "of this folder"
+        ours = f"this side {WIRE_VERSION} (rustyrl {release})"
         older = content[0] < WIRE_VERSION
-        remedy = f"install rustyrl {_release()} there" if older else "install that rustyrl here, too"
+        remedy = f"install rustyrl {release} there" if older else "install that rustyrl here, too"
         raise WireError("wire-version", f"the other side speaks wire version {content[0]}, {ours}: {remedy}")
     try:  # from the bytes again, which is faster than from what msgpack made of them; its limits hold for both
         return _DECODER.decode(frame)[1]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WireError("malformed", str(error)) from None
-
-
-@functools.cache
-def _release() -> str:
-    """The version of what is installed here."""
-    from importlib.metadata import PackageNotFoundError, version  # takes 30 ms, and is for refusals alone
-
-    try:
-        return version("rustyrl")
-    except PackageNotFoundError:
-        return "of this folder"
 
 
 def encode_rollout(rollout: Rollout) -> tuple[bytes, memoryview]:
@@ -345,7 +335,7 @@ def decode_rollout(header: RolloutHeader, blob: memoryview) -> Rollout:
             raise WireError("truncated", f"{array.name} ends at byte {offset + count} of {len(blob)}")
         if array.name in views:
             raise WireError("malformed", f"two arrays are named {array.name!r}")
-        views[array.name] = _view(array, blob, offset, count)
+        views[array.name] = _view(array, _DTYPES[array.dtype], blob, offset, count)
         offset += aligned(count)
     if offset != len(blob):
         raise WireError("malformed", f"the arrays take {offset} bytes, the blob has {len(blob)}")
@@ -412,15 +402,11 @@ def view_world_state(header: WorldState, blob: memoryview) -> dict[str, NDArray[
     arrays: dict[str, NDArray[np.generic]] = {}
     offset = 0
     for array in header.arrays:
-        count = math.prod(array.shape) * np.dtype(array.dtype).itemsize
+        dtype = np.dtype(array.dtype)
+        count = math.prod(array.shape) * dtype.itemsize
         if offset + count > len(blob):
             raise WireError("truncated", f"{array.name} ends at byte {offset + count} of {len(blob)}")
-        if array.dtype == "bool" and count and np.maximum.reduce(_flat(blob, offset, count)) > 1:
-            raise WireError("malformed", f"{array.name} holds bytes that are neither False nor True")
-        try:
-            arrays[array.name] = np.ndarray(array.shape, array.dtype, blob, offset)
-        except ValueError as error:
-            raise WireError("malformed", f"{array.name}: {error}") from None
+        arrays[array.name] = _view(array, dtype, blob, offset, count)
         offset += count
     if offset != len(blob):
         raise WireError("malformed", f"the arrays take {offset} bytes, the blob has {len(blob)}")
@@ -434,11 +420,14 @@ def decode_weights_message(blob: memoryview) -> Weights:
     return decode_weights(blob)
 
 
-def _view(array: ArraySpec, blob: memoryview, offset: int, count_bytes: int) -> NDArray[Any]:
+def _view(
+    array: ArraySpec | StateArray, dtype: np.dtype[Any], blob: memoryview, offset: int, count_bytes: int
+) -> NDArray[Any]:
+    """An array where it lies in a blob that is long enough; raises `WireError` if its bytes are none of its kind."""
     if array.dtype == "bool" and count_bytes and np.maximum.reduce(_flat(blob, offset, count_bytes)) > 1:
         raise WireError("malformed", f"{array.name} holds bytes that are neither False nor True")
     try:
-        return np.ndarray(array.shape, _DTYPES[array.dtype], blob, offset)
+        return np.ndarray(array.shape, dtype, blob, offset)
     except ValueError as error:  # empty, of dimensions whose product numpy cannot count
         raise WireError("malformed", f"{array.name}: {error}") from None
 

@@ -16,7 +16,6 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +25,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from rustyrl.errors import RunFailedError
+from rustyrl.installed import installed_version
 from rustyrl.resume import BEHIND_S
 from rustyrl_learner.gathering import KeptWorld
 from rustyrl_learner.kept_worlds import pack_worlds, unpack_worlds
@@ -159,7 +159,7 @@ def save(
         sha256={name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
         format=FORMAT,
         worlds={world: state.built for world, (state, _) in (worlds or {}).items()},
-        rustyrl=_version(),
+        rustyrl=installed_version("rustyrl"),
         incomplete=incomplete,
     )
     files["manifest.json"] = msgspec.json.encode(manifest)
@@ -297,8 +297,9 @@ def _read(path: Path) -> tuple[Manifest, dict[str, bytes]]:
         raise ValueError("manifest.json is damaged")
     written = msgspec.json.decode(content, type=_Format)
     if written.format > FORMAT:
+        ours = installed_version("rustyrl")
         raise RunFailedError(
-            f"checkpoint {path} has format {written.format}, this rustyrl ({_version() or 'not installed'}) reads "
+            f"checkpoint {path} has format {written.format}, this rustyrl ({ours or 'not installed'}) reads "
             f"formats up to {FORMAT}: go on with the one that wrote it, {written.rustyrl or 'a newer one'}, or start a "
             f"new run from its policy: --init {path / 'policy.safetensors'}"
         )
@@ -308,14 +309,6 @@ def _read(path: Path) -> tuple[Manifest, dict[str, bytes]]:
     if broken:
         raise ValueError(f"{', '.join(broken)} is damaged")
     return manifest, data
-
-
-def _version() -> str:
-    """Of this rustyrl; "" if it is not installed, as when it runs from a copy of its sources."""
-    try:
-        return metadata.version("rustyrl")
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def _sync_folder(folder: Path) -> None:

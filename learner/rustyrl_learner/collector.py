@@ -219,10 +219,8 @@ class Collector:
     def _handle(self, received: Received) -> bool:
         """Take in one message of whoever sent it; whether it was asked for."""
         peer, actor = received.peer, self._roster.actors.get(received.peer)
-        if actor is not None and received.key not in (
-            "",
-            actor.key,
-        ):  # its link was taken over by a name that nobody else knew
+        # Its link was taken over, by a name that nobody else knew.
+        if actor is not None and received.key not in ("", actor.key):
             self._roster.count("other-key")
             self._roster.cut_off(peer, received.key, "another key than its own came under its name")
             return False
