@@ -386,6 +386,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
     table.add_row("policy version", str(summary["policy_version"]))
     if threads := summary["threads"]:
         row = f"{summary['device']}, {threads['lanes']} x {threads['of']} threads"
+        row += ", compiled" if threads["compiled"] else ""
         if timing := summary["timing"]:
             row += f"; actors: {timing['actors']}; cores: {timing['cores']}"
         table.add_row("learner", row)

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import psutil
 
+from rustyrl import perceptron
 from rustyrl.installed import installed_version
 from rustyrl.processes import available_cores
 
@@ -69,6 +70,7 @@ def examine() -> dict[str, Any]:
         "packages": packages,
         "torch": torch,
         "device": torch.get("device", "none"),
+        "perceptrons": perceptron.PROBLEM or "compiled",
         "cores": available_cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "memory_free_gib": round(psutil.virtual_memory().available / 2**30, 1),

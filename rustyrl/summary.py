@@ -28,7 +28,8 @@ def summarize(
 ) -> dict[str, Any]:
     """The summary of a run that has ended.
 
-    ``threads`` says how many ``lanes`` an update is computed in, and how many threads of torch (``of``) each has.
+    ``threads`` says how many ``lanes`` an update is computed in, how many threads of torch (``of``) each has, and
+    whether its perceptrons are ``compiled``.
 
     Args:
         env: what was trained.

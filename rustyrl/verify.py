@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from rustyrl import perceptron
 from rustyrl.errors import UsageError
 from rustyrl.installed import installed_version
 from rustyrl.presets import Preset
@@ -115,6 +116,7 @@ def machine() -> dict[str, Any]:
         "cores": available_cores(),
         "processor": platform.processor() or platform.machine(),
         "python": platform.python_version(),
+        "perceptrons": perceptron.PROBLEM or "compiled",
         **versions,
     }
 

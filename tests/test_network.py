@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from rustyrl.spec import ActionSpec, ArraySpec
 from rustyrl.weights import PolicySpec, decode_weights, encode_weights, weights_layout
-from rustyrl_learner.network import ActorCritic, export_weights, import_weights, input_gradient, layer, layer_gradient
+from rustyrl_learner.network import ActorCritic, export_weights, import_weights
 from rustyrl_learner.normalizer import ObservationNormalizer
+from rustyrl_learner.perceptron import input_gradient, layer, layer_gradient
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -41,9 +42,11 @@ def policy_spec(
     return PolicySpec(observation, (action,), hidden, activation, normalize)
 
 
-def network_of(spec: PolicySpec, *, shared: bool = False, seed: int = 0, log_std: float = 0.0) -> ActorCritic:
+def network_of(
+    spec: PolicySpec, *, shared: bool = False, seed: int = 0, log_std: float = 0.0, compiled: bool = False
+) -> ActorCritic:
     torch.manual_seed(seed)
-    return ActorCritic(spec, shared=shared, initial_log_std=log_std)
+    return ActorCritic(spec, shared=shared, initial_log_std=log_std, compiled=compiled)
 
 
 def dense_arguments(fan_in: int, fan_out: int, dtype: torch.dtype) -> list[Tensor]:
@@ -116,10 +119,11 @@ def literal_mlp(parameters: dict[str, Tensor], prefix: str, x: Tensor, activatio
     return x
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("activation", ["tanh", "relu", "elu", "silu"])
-def test_network_equals_the_literal_perceptrons(activation: Any, shared: bool) -> None:
-    network = network_of(policy_spec(activation=activation), shared=shared)
+def test_network_equals_the_literal_perceptrons(activation: Any, shared: bool, compiled: bool) -> None:
+    network = network_of(policy_spec(activation=activation), shared=shared, compiled=compiled)
     parameters = dict(network.named_parameters())
     x = torch.randn(9, 7, generator=torch.Generator().manual_seed(1))
     outputs, value = network(x)
@@ -142,15 +146,17 @@ def gradient_of(network: ActorCritic, x: Tensor, doutputs: Tensor, dvalue: Tenso
     return {name: p.grad for name, p in network.named_parameters() if p.grad is not None and name != "log_std"}
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rows", [9, 1500])
 @pytest.mark.parametrize("hidden", [(), (24,), (32, 24)])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("activation", ["tanh", "relu", "elu", "silu"])
 def test_the_gradient_is_that_of_autograd_through_the_literal_perceptrons(
-    activation: Any, shared: bool, hidden: tuple[int, ...]
+    activation: Any, shared: bool, hidden: tuple[int, ...], rows: int, compiled: bool
 ) -> None:
-    network = network_of(policy_spec(hidden=hidden, activation=activation), shared=shared)
+    network = network_of(policy_spec(hidden=hidden, activation=activation), shared=shared, compiled=compiled)
     generator = torch.Generator().manual_seed(1)
-    x, doutputs, dvalue = (torch.randn(shape, generator=generator) for shape in [(9, 7), (9, 3), (9,)])
+    x, doutputs, dvalue = (torch.randn(shape, generator=generator) for shape in [(rows, 7), (rows, 3), (rows,)])
     found = gradient_of(network, x, doutputs, dvalue)
     parameters = dict(network.named_parameters())
     activations = [activation] * len(hidden)
@@ -162,7 +168,20 @@ def test_the_gradient_is_that_of_autograd_through_the_literal_perceptrons(
     expected = torch.autograd.grad((outputs * doutputs).sum() + (value * dvalue).sum(), list(layers.values()))
     assert found.keys() == layers.keys()
     for name, gradient in zip(layers, expected, strict=True):
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+        close = {"rtol": 1e-4, "atol": 1e-5 * max(1.0, gradient.abs().max().item())}
+        torch.testing.assert_close(found[name], gradient, **close, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_many_rows_come_to_the_same_as_few(shared: bool) -> None:
+    for compiled in (False, True):
+        network = network_of(policy_spec(), shared=shared, compiled=compiled)
+        x = torch.randn(5000, 7, generator=torch.Generator().manual_seed(1))
+        outputs, value = network(x)
+        for first in (0, 2040, 4990):
+            part = slice(first, first + 10)
+            torch.testing.assert_close(network.policy(x[part]), outputs[part], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(network.value(x[part]), value[part], rtol=1e-5, atol=1e-6)
 
 
 def test_a_separate_critic_shares_nothing_with_the_policy() -> None:

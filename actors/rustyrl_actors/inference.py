@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from rustyrl import perceptron
 from rustyrl.spec import action_blocks
 from rustyrl.weights import VARIANCE_FLOOR, PolicySpec, Weights, read_policy
 from rustyrl_actors.sampling import BoxSampler, ChoiceSampler
@@ -27,12 +28,15 @@ class Policy:
         self.spec: PolicySpec = weights.spec
         self.slots = slots
         sizes = [*weights.spec.hidden, weights.spec.output_width]
-        self._layers = [
-            (np.empty_like(weights.arrays[f"policy.{i}.weight"]), np.empty(n, np.float32)) for i, n in enumerate(sizes)
-        ]
+        self._weights = tuple(
+            np.empty(weights.arrays[f"policy.{i}.weight"].shape, np.float32) for i in range(len(sizes))
+        )
+        self._biases = tuple(np.empty(n, np.float32) for n in sizes)
         self._outputs = [np.empty((slots, n), np.float32) for n in sizes]
         self._scratch = [np.empty((slots, n), np.float32) for n in sizes]
-        self._input = np.empty((slots, self._layers[0][0].shape[0]), np.float32)
+        self._input = np.empty((slots, sum(array.width for array in weights.spec.observation)), np.float32)
+        self._codes = perceptron.encode_activations([*[weights.spec.activation] * len(weights.spec.hidden), "identity"])
+        self._outs = (*[None] * len(weights.spec.hidden), self._outputs[-1])
         self._joins = weights.spec.normalize or [array.dtype for array in weights.spec.observation] != ["float32"]
         self._activate = ACTIVATIONS[weights.spec.activation]
         self._samplers = self._make_samplers()
@@ -47,7 +51,7 @@ class Policy:
         """Take the arrays of another version of the same policy."""
         if weights.spec != self.spec:
             raise ValueError(f"weights of another policy: expected {self.spec}, got {weights.spec}")
-        for index, (weight, bias) in enumerate(self._layers):
+        for index, (weight, bias) in enumerate(zip(self._weights, self._biases, strict=True)):
             weight[...] = weights.arrays[f"policy.{index}.weight"]
             bias[...] = weights.arrays[f"policy.{index}.bias"]
         start = 0
@@ -101,8 +105,13 @@ class Policy:
     def forward(self, observation: Mapping[str, NDArray[np.generic]]) -> Floats:
         """Logits and means `[W, outputs]`; the array is reused by the next call."""
         x = self._prepare(observation)
-        last = len(self._layers) - 1
-        for index, (weight, bias) in enumerate(self._layers):
+        if self._codes is not None:
+            x = np.asarray(x, np.float32)
+            x = x if x.flags.aligned else x.copy()
+            perceptron.forward(x, self._weights, self._biases, self._codes, self._outs)
+            return self._outputs[-1]
+        last = len(self._weights) - 1
+        for index, (weight, bias) in enumerate(zip(self._weights, self._biases, strict=True)):
             out = self._outputs[index]
             np.matmul(x, weight, out=out)
             np.add(out, bias, out=out)

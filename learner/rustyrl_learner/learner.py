@@ -468,7 +468,7 @@ class Learner:
             "seconds": time.monotonic() - self._started,
             "trained_sps": self._trained_sps(),
             "device": str(self._device),
-            "threads": {"lanes": self._training.lanes, "of": torch.get_num_threads()},
+            "threads": self._training.threads,
             "training": self._window.figures(),
             "losses": self._losses,
             "findings": [asdict(finding) for finding in self._diagnosis.findings],

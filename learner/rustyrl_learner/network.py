@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,181 +15,27 @@ from rustyrl.weights import PolicySpec, Weights
 from rustyrl_learner.distribution import ActionDistribution
 from rustyrl_learner.lanes import Lanes, Scratch
 from rustyrl_learner.normalizer import ObservationNormalizer
+from rustyrl_learner.perceptron import Layers, Perceptron
 
-__all__ = ["ActorCritic", "Flat", "Trace", "export_weights", "import_weights", "input_gradient", "layer"]
-__all__ += ["layer_gradient"]
+__all__ = ["ActorCritic", "Flat", "export_weights", "import_weights"]
 
-
-NARROW = 16  # outputs below which a product is computed transposed
-PIECE = 2048  # rows that are computed at a time where there are no gradients
 SPLIT = 1024  # rows from which on policy and critic are computed at the same time: below, telling takes too long
-Layers = list[tuple[Tensor, Tensor]]  # weight and bias of each
 
 
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """What a perceptron keeps of a pass for its gradient, layer by layer: input, and what its activation left."""
+class LayerParameters(nn.Module):
+    """The parameters of layers: weights `[in, out]`, orthogonal with the given gains, and biases, 0."""
 
-    inputs: list[Tensor]
-    kept: list[Tensor]
-
-
-def layer(
-    x: Tensor, weight: Tensor, bias: Tensor, activation: str, *, folded: bool = False, out: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """``activation(x @ weight + bias)``, in ``out`` if there is one, and what `layer_gradient` needs of it.
-
-    A tanh is left folded: what comes out is ``s = sigmoid(2 z)``, of which ``tanh(z) = 2 s - 1``, and the next layer is
-    told that its input is ``folded``, for which its product has factors anyway. Measured on a CPU with `[4096, 64]`
-    float32: torch.tanh costs three and a half times what sigmoid does, and each further pass over them a sixth of it.
-    Products with a few columns (the heads) are six times faster the other way round, of which two and a half come from
-    a weight that is laid out so.
-    """
-    gain = 2 if activation == "tanh" else 1
-    scale = 2 * gain if folded else gain
-    if folded:
-        bias = bias - weight.sum(0)
-    if weight.shape[1] < NARROW:
-        z = torch.addmm(bias[:, None], weight.T.contiguous(), x.T, beta=gain, alpha=scale).T
-    else:
-        z = torch.addmm(bias, x, weight, beta=gain, alpha=scale, out=out)
-    y = _activate(z, activation)
-    return y, z if activation == "silu" else y
-
-
-def layer_gradient(
-    dy: Tensor,
-    x: Tensor,
-    kept: Tensor,
-    activation: str,
-    dweight: Tensor,
-    dbias: Tensor,
-    *,
-    folded: bool = False,
-) -> Tensor:
-    """Write the gradients of a layer's weight and bias; the gradient of what came before its activation.
-
-    Args:
-        dy: `[N, out]` gradient of what came out, as `input_gradient` gives it; may be overwritten.
-        x: `[N, in]` what went in.
-        kept: `[N, out]` of `layer`.
-        activation: of this layer.
-        dweight: `[in, out]`, written.
-        dbias: `[out]`, written.
-        folded: as of `layer`.
-    """
-    dz = _activation_gradient(dy, kept, activation)
-    torch.sum(dz, 0, out=dbias)
-    if dz.shape[1] < NARROW:
-        product = (dz.T @ x).T
-        dweight.copy_(2 * product - dbias if folded else product)
-    else:
-        torch.mm(x.T, dz, out=dweight)
-        if folded:
-            dweight.mul_(2).sub_(dbias)
-    return dz
-
-
-def input_gradient(dz: Tensor, weight: Tensor, *, folded: bool = False, out: Tensor | None = None) -> Tensor:
-    """The gradient of what went into a layer; four times that, if it was folded, as its own gradient then needs it."""
-    return torch.mm(dz, (4 * weight if folded else weight).T, out=out)
-
-
-def _activate(z: Tensor, activation: str) -> Tensor:
-    if activation == "tanh":
-        return z.sigmoid_()
-    if activation == "relu":
-        return z.relu_()
-    if activation == "elu":
-        return nn.functional.elu(z, inplace=True)
-    if activation == "silu":
-        return nn.functional.silu(z)
-    return z
-
-
-def _activation_gradient(grad: Tensor, kept: Tensor, activation: str) -> Tensor:
-    if activation == "tanh":
-        return torch.ops.aten.sigmoid_backward.grad_input(grad, kept, grad_input=grad)  # type: ignore[no-any-return]
-    if activation == "relu":
-        return grad.mul_(kept > 0)
-    if activation == "elu":
-        return grad.mul_(torch.where(kept > 0, 1.0, kept + 1))
-    if activation == "silu":
-        gate = torch.sigmoid(kept)
-        return grad.mul_(gate * (1 + kept * (1 - gate)))
-    return grad
-
-
-class Perceptron(nn.Module):
-    """Layers; weights are `[in, out]`, orthogonal with the given gains, biases 0.
-
-    With ``folded`` it reads what another one left folded, see `layer`.
-    """
-
-    def __init__(
-        self,
-        sizes: list[int],
-        activation: str,
-        last: str,
-        last_gain: float,
-        *,
-        folded: bool = False,
-        depth: int = 0,
-        lane: str = "policy",
-    ) -> None:
-        """Make one.
-
-        Args:
-            sizes: of the input and of each layer's output.
-            activation: of all layers but the last.
-            last: that of the last layer.
-            last_gain: the gain of the last layer.
-            folded: what goes in is.
-            depth: how many layers there are before it.
-            lane: its names in scratch memory, which those who compute after each other can share.
-        """
+    def __init__(self, sizes: list[int], last_gain: float) -> None:
+        """Make them for the sizes of the input and of each layer's output; ``last_gain`` is the last layer's."""
         super().__init__()
-        self._depth = depth
-        self._lane = lane
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
-        self._activations = [activation] * (len(sizes) - 2) + [last]
-        self._folded = [folded] + [activation == "tanh"] * (len(sizes) - 2)
         for index, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
             gain = last_gain if index == len(sizes) - 2 else 2**0.5
             weight = torch.empty(fan_out, fan_in)
             nn.init.orthogonal_(weight, gain)
             self.weights.append(nn.Parameter(weight.T.contiguous()))
             self.biases.append(nn.Parameter(torch.zeros(fan_out)))
-
-    def trace(self, layers: Layers, x: Tensor, scratch: Scratch) -> tuple[Tensor, Trace]:
-        """`[N, in]` to `[N, out]`, and what `backward` needs; hidden layers are in the scratch."""
-        trace = Trace([], [])
-        for index, ((weight, bias), activation) in enumerate(zip(layers, self._activations, strict=True)):
-            trace.inputs.append(x)
-            lasting = activation == "identity"
-            out = None if lasting else scratch((self._lane, index), x.shape[0], weight.shape[1], x)
-            x, kept = layer(x, weight, bias, activation, folded=self._folded[index], out=out)
-            trace.kept.append(kept)
-        return x, trace
-
-    def backward(
-        self, layers: Layers, trace: Trace, dy: Tensor, into: Layers, scratch: Scratch, *, onward: bool
-    ) -> Tensor | None:
-        """Write every layer's gradient for the gradient `[N, out]` of what came out.
-
-        Returns:
-            The gradient `[N, in]` of what went in, see `input_gradient`, if it is asked for; it is in the scratch.
-        """
-        for index in reversed(range(len(layers))):
-            x, kept, activation = trace.inputs[index], trace.kept[index], self._activations[index]
-            folded = self._folded[index]
-            dz = layer_gradient(dy, x, kept, activation, *into[index], folded=folded)
-            if index or onward:
-                turn = (self._depth + index) % 2  # of two that are read and written in turn
-                out = scratch((self._lane, "gradient", turn), x.shape[0], x.shape[1], x)
-                dy = input_gradient(dz, layers[index][0], folded=folded, out=out)
-        return dy if onward else None
 
 
 class Flat:
@@ -199,7 +44,8 @@ class Flat:
     tensor: `[P]`
     views: by the name of the parameter
     log_std: `[boxes]`, or None
-    trunk, policy_head, critic: weight and bias of each of their layers
+    trunk: weight and bias of each layer that policy and critic share
+    policy, critic: weight and bias of each of their own
     """
 
     def __init__(self, network: ActorCritic, tensor: Tensor) -> None:
@@ -211,7 +57,8 @@ class Flat:
             self.views[name] = tensor[start:stop].view(parameter.shape)
             start = stop
         self.log_std = self.views.get("log_std")
-        self.trunk, self.policy_head, self.critic = map(self._layers, ("trunk", "policy_head", "critic"))
+        trunk, head, self.critic = map(self._layers, ("trunk", "policy_head", "critic"))
+        self.trunk, self.policy = (trunk, head) if network.shared else ([], [*trunk, *head])
 
     def _layers(self, part: str) -> Layers:
         count = sum(name.startswith(f"{part}.weights.") for name in self.views)
@@ -226,26 +73,35 @@ class ActorCritic(nn.Module):
     for the policy's last layer, 1 for the value's.
     """
 
-    def __init__(self, spec: PolicySpec, *, shared: bool, initial_log_std: float, threads: int = 1) -> None:
+    def __init__(
+        self, spec: PolicySpec, *, shared: bool, initial_log_std: float, threads: int = 1, compiled: bool = False
+    ) -> None:
+        """Make one; on a CPU it can be computed by ``threads`` at a time, and ``compiled``, see `Perceptron`."""
         super().__init__()
         self.spec = spec
         self.shared = shared
         width = sum(array.width for array in spec.observation)
         sizes = [width, *spec.hidden]
-        activation, depth = spec.activation, len(spec.hidden)
-        self.trunk = Perceptron(sizes, activation, activation, 2**0.5) if spec.hidden else None
-        folded = self.trunk is not None and activation == "tanh"
-        head = [sizes[-1], spec.output_width]
-        self.policy_head = Perceptron(head, activation, "identity", 0.01, folded=folded, depth=depth)
-        if shared:
-            head = [sizes[-1], 1]
-            self.critic = Perceptron(head, activation, "identity", 1.0, folded=folded, depth=depth, lane="critic")
-        else:
-            self.critic = Perceptron([*sizes, 1], activation, "identity", 1.0)
+        self.trunk = LayerParameters(sizes, 2**0.5) if spec.hidden else None
+        self.policy_head = LayerParameters([sizes[-1], spec.output_width], 0.01)
+        self.critic = LayerParameters([sizes[-1], 1] if shared else [*sizes, 1], 1.0)
         self.distribution = ActionDistribution(spec)
+        self.log_std = nn.Parameter(torch.full((spec.box_width,), float(initial_log_std))) if spec.box_width else None
         self._lanes = Lanes(1 if shared else threads)
         self._flat: tuple[Flat, Flat] | None = None
-        self.log_std = nn.Parameter(torch.full((spec.box_width,), float(initial_log_std))) if spec.box_width else None
+        hidden = [spec.activation] * len(spec.hidden)
+        make = partial(Perceptron, compiled=compiled)
+        self._trunk = make(hidden, "policy") if shared and hidden else None
+        if shared:
+            reads = partial(make, depth=len(hidden), folded=spec.activation == "tanh" and bool(hidden))
+            self._policy, self._critic = reads(["identity"], "policy"), reads(["identity"], "critic")
+        else:
+            self._policy, self._critic = (make([*hidden, "identity"], lane) for lane in ("policy", "critic"))
+
+    @property
+    def compiled(self) -> bool:
+        """Whether compiled code computes all of it."""
+        return all(part.compiled for part in (self._trunk, self._policy, self._critic) if part is not None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and means `[N, outputs]` and values `[N]`."""
@@ -269,8 +125,7 @@ class ActorCritic(nn.Module):
     ) -> None:
         """Write the gradients of all layers, for a loss whose gradients by what the networks say are given.
 
-        Hand-derived, since networks are nothing but layers: autograd takes twice to three times as long for it. Policy
-        and critic are computed in `Lanes` unless they share layers.
+        Policy and critic are computed in `Lanes` unless they share layers.
 
         Args:
             x: `[N, width]`.
@@ -279,26 +134,27 @@ class ActorCritic(nn.Module):
         """
         layers, into = self.flat()
 
-        def value_lane(features: Tensor, scratch: Scratch, *, onward: bool) -> Tensor | None:
-            value, kept = self.critic.trace(layers.critic, features, scratch)
-            dvalue = by_value(value.squeeze(-1))[:, None]
-            return self.critic.backward(layers.critic, kept, dvalue, into.critic, scratch, onward=onward)
+        def policy_lane(features: Tensor, scratch: Scratch, *, onward: bool) -> Tensor | None:
+            outputs, kept = self._policy.trace(layers.policy, features, scratch)
+            return self._policy.backward(layers.policy, kept, by_outputs(outputs), into.policy, scratch, onward=onward)
 
-        def policy_lane(scratch: Scratch) -> None:
-            features, hidden = (x, None) if self.trunk is None else self.trunk.trace(layers.trunk, x, scratch)
-            outputs, kept = self.policy_head.trace(layers.policy_head, features, scratch)
-            doutputs, onward = by_outputs(outputs), hidden is not None
-            dy = self.policy_head.backward(layers.policy_head, kept, doutputs, into.policy_head, scratch, onward=onward)
-            dvalue = value_lane(features, scratch, onward=onward) if self.shared else None
-            if self.trunk is not None and hidden is not None and dy is not None:
-                dy = dy if dvalue is None else dy.add_(dvalue)
-                self.trunk.backward(layers.trunk, hidden, dy, into.trunk, scratch, onward=False)
+        def value_lane(features: Tensor, scratch: Scratch, *, onward: bool) -> Tensor | None:
+            value, kept = self._critic.trace(layers.critic, features, scratch)
+            dvalue = by_value(value.squeeze(-1))[:, None]
+            return self._critic.backward(layers.critic, kept, dvalue, into.critic, scratch, onward=onward)
+
+        def one_lane(scratch: Scratch) -> None:
+            features, kept = (x, None) if self._trunk is None else self._trunk.trace(layers.trunk, x, scratch)
+            onward = kept is not None
+            ours, theirs = (lane(features, scratch, onward=onward) for lane in (policy_lane, value_lane))
+            if self._trunk is not None and kept is not None and ours is not None and theirs is not None:
+                self._trunk.backward(layers.trunk, kept, ours.add_(theirs), into.trunk, scratch, onward=False)
 
         if self.shared:
-            self._lanes.one(policy_lane)
+            self._lanes.one(one_lane)
         else:
-            together = x.shape[0] >= SPLIT
-            self._lanes.both(policy_lane, partial(value_lane, x, onward=False), together=together)
+            lanes = (partial(lane, x, onward=False) for lane in (policy_lane, value_lane))
+            self._lanes.both(*lanes, together=x.shape[0] >= SPLIT)
 
     def evaluate(self, x: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """Values `[N]` of all rows, and logits and means `[first, outputs]` of the first so many, in `Lanes`."""
@@ -313,34 +169,18 @@ class ActorCritic(nn.Module):
         self._lanes.both(say_outputs, say_values, together=first >= SPLIT)
         return found["values"], found["outputs"]
 
+    @torch.no_grad()
     def policy(self, x: Tensor) -> Tensor:
         """Logits and means `[N, outputs]` alone."""
-        layers = self.flat()[0]
-
-        def say(rows: Tensor, scratch: Scratch) -> Tensor:
-            features = rows if self.trunk is None else self.trunk.trace(layers.trunk, rows, scratch)[0]
-            return self.policy_head.trace(layers.policy_head, features, scratch)[0]
-
-        return self._piecewise(x, say)
-
-    def value(self, x: Tensor) -> Tensor:
-        """Values `[N]` alone."""
-        layers = self.flat()[0]
-
-        def say(rows: Tensor, scratch: Scratch) -> Tensor:
-            if self.shared and self.trunk is not None:
-                rows = self.trunk.trace(layers.trunk, rows, scratch)[0]
-            return self.critic.trace(layers.critic, rows, scratch)[0].squeeze(-1)
-
-        return self._piecewise(x, say)
+        return self._policy.apply(self.flat()[0].policy, self._features(x))
 
     @torch.no_grad()
-    def _piecewise(self, x: Tensor, say: Callable[[Tensor, Scratch], Tensor]) -> Tensor:
-        """Compute so many rows at a time that what is between the layers stays in a CPU's cache."""
-        scratch, count = Scratch(), x.shape[0]
-        if x.device.type != "cpu" or count <= PIECE:
-            return say(x, scratch)
-        return torch.cat([say(x[start : start + PIECE], scratch) for start in range(0, count, PIECE)])
+    def value(self, x: Tensor) -> Tensor:
+        """Values `[N]` alone."""
+        return self._critic.apply(self.flat()[0].critic, self._features(x)).squeeze(-1)
+
+    def _features(self, x: Tensor) -> Tensor:
+        return x if self._trunk is None else self._trunk.apply(self.flat()[0].trunk, x)
 
     @property
     def value_head(self) -> tuple[Tensor, Tensor]:

@@ -31,10 +31,13 @@ class Training:
         self.shuffle = torch.Generator().manual_seed(config.run.seed)
         policy = policy_spec(config.policy, spec)
         shared = config.policy.trunk == "shared"
-        deviation, self.lanes = config.policy.initial_log_std, 1
+        lanes, compiled = 1, False
         if device.type == "cpu":
-            self.lanes = share_threads(config.run.threads, shared=shared)
-        network = ActorCritic(policy, shared=shared, initial_log_std=deviation, threads=self.lanes)
+            lanes = share_threads(config.run.threads, shared=shared)
+            compiled = torch.get_num_threads() == 1  # compiled code does not share its rows out
+        deviation = config.policy.initial_log_std
+        network = ActorCritic(policy, shared=shared, initial_log_std=deviation, threads=lanes, compiled=compiled)
+        self.threads = {"lanes": lanes, "of": torch.get_num_threads(), "compiled": network.compiled}
         self.network = network.to(device)
         self.normalizer: ObservationNormalizer | None = None
         if config.policy.normalize:

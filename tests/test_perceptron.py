@@ -1,0 +1,291 @@
+"""Perceptrons in compiled code: against plain float64 numpy, on sizes that fit its tiles and on sizes that do not."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rustyrl import perceptron
+
+needs_compiled = pytest.mark.skipif(not perceptron.COMPILED, reason=perceptron.PROBLEM or "compiled")
+ACTIVATIONS = {"identity": lambda z: z, "relu": lambda z: np.maximum(z, 0), "tanh": np.tanh}
+SLOPES = {
+    "identity": lambda y: np.ones_like(y),
+    "relu": lambda y: (y > 0).astype(y.dtype),
+    "tanh": lambda y: 1 - y * y,
+}
+
+
+class Case:
+    """Random layers and rows, in memory of which a frame around each array is watched."""
+
+    def __init__(self, rows: int, sizes: list[int], activations: list[str], seed: int = 0) -> None:
+        self.generator = np.random.default_rng(seed)
+        self.frames: list[tuple[np.ndarray, np.ndarray]] = []
+        self.activations = activations
+        self.codes = perceptron.encode_activations(activations)
+        pairs = list(itertools.pairwise(sizes))
+        self.x = self.framed(rows, sizes[0], fill=True)
+        self.weights = tuple(self.framed(*pair, fill=True, scale=pair[0] ** -0.5) for pair in pairs)
+        self.biases = tuple(self.framed(1, out, fill=True)[0] for _, out in pairs)
+        self.outs = tuple(self.framed(rows, out) for _, out in pairs)
+        self.dout = self.framed(rows, sizes[-1], fill=True)
+        self.dweights = tuple(self.framed(*pair) for pair in pairs)
+        self.dbiases = tuple(self.framed(1, out)[0] for _, out in pairs)
+        self.dx = self.framed(rows, sizes[0])
+
+    def framed(self, rows: int, columns: int, *, fill: bool = False, scale: float = 1.0) -> np.ndarray:
+        whole = np.full(rows * columns + 64, np.float32(np.nan))
+        inside = whole[32:-32].reshape(rows, columns)
+        if fill:
+            inside[...] = scale * self.generator.standard_normal((rows, columns))
+        self.frames.append((whole, inside))
+        return inside
+
+    def forward(self, outs: Any = None) -> None:
+        perceptron.forward(self.x, self.weights, self.biases, self.codes, self.outs if outs is None else outs)
+
+    def backward(self, dx: np.ndarray | None) -> None:
+        arguments = (self.dout, self.x, self.outs, self.weights, self.codes, self.dweights, self.dbiases)
+        perceptron.backward(*arguments, dx)
+
+    def check_frames(self) -> None:
+        for whole, _ in self.frames:
+            assert np.isnan(whole[:32]).all()
+            assert np.isnan(whole[-32:]).all()
+
+    def literal(self) -> list[np.ndarray]:
+        """What comes out of each layer, in float64."""
+        x, outs = self.x.astype(np.float64), []
+        for weight, bias, activation in zip(self.weights, self.biases, self.activations, strict=True):
+            x = ACTIVATIONS[activation](x @ weight.astype(np.float64) + bias)
+            outs.append(x)
+        return outs
+
+    def literal_gradient(self) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
+        """Of the weights, the biases and the input, by the chain rule in float64, for what did come out."""
+        dy, inputs = self.dout.astype(np.float64), [self.x, *self.outs[:-1]]
+        dweights, dbiases = [], []
+        for index in reversed(range(len(self.weights))):
+            dz = dy * SLOPES[self.activations[index]](self.outs[index].astype(np.float64))
+            dweights.insert(0, inputs[index].astype(np.float64).T @ dz)
+            dbiases.insert(0, dz.sum(0))
+            dy = dz @ self.weights[index].astype(np.float64).T
+        return dweights, dbiases, dy
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray, name: str) -> None:
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max(initial=1.0), err_msg=name)
+
+
+def check(case: Case) -> None:
+    case.forward()
+    for index, (out, literal) in enumerate(zip(case.outs, case.literal(), strict=True)):
+        assert_close(out, literal, f"layer {index}")
+    case.backward(case.dx)
+    dweights, dbiases, dx = case.literal_gradient()
+    for index in range(len(case.weights)):
+        assert_close(case.dweights[index], dweights[index], f"weight {index}")
+        assert_close(case.dbiases[index], dbiases[index], f"bias {index}")
+    assert_close(case.dx, dx, "x")
+    case.check_frames()
+
+
+@needs_compiled
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("rows", "sizes"),
+    [
+        *[(rows, [4, 64, 64, 2]) for rows in (1, 5, 6, 7, 47, 48, 49, 100)],
+        *[(17, [width, width, width]) for width in (1, 2, 7, 8, 9, 15, 16, 17, 24, 31, 33)],
+        (300, [3, 130, 70, 20]),
+        (50, [5, 1, 5]),
+        (0, [4, 8, 2]),
+        (9, [6, 3]),
+    ],
+)
+def test_a_pass_and_its_gradient_are_those_of_plain_numpy(rows: int, sizes: list[int], activation: str) -> None:
+    check(Case(rows, sizes, [activation] * (len(sizes) - 2) + ["identity"]))
+
+
+@needs_compiled
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(0, 130),
+    sizes=st.lists(st.integers(1, 40), min_size=2, max_size=5),
+    names=st.lists(st.sampled_from(list(ACTIVATIONS)), min_size=4, max_size=4),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_and_order_of_activations(rows: int, sizes: list[int], names: list[str], seed: int) -> None:
+    check(Case(rows, sizes, names[: len(sizes) - 1], seed))
+
+
+@needs_compiled
+def test_what_nobody_keeps_changes_nothing() -> None:
+    case = Case(100, [7, 33, 20, 5], ["tanh", "relu", "identity"])
+    case.forward()
+    kept = case.outs[-1].copy()
+    case.forward((None, None, case.outs[-1]))
+    assert np.array_equal(case.outs[-1], kept)
+    case.backward(case.dx)
+    gradients = [array.copy() for array in (*case.dweights, *case.dbiases)]
+    case.backward(None)
+    assert all(map(np.array_equal, (*case.dweights, *case.dbiases), gradients))
+
+
+@needs_compiled
+def test_columns_and_rows_may_lie_anywhere() -> None:
+    case, plain = (Case(75, [11, 64, 3], ["tanh", "identity"]) for _ in range(2))
+    plain.forward()
+    plain.backward(plain.dx)
+    case.x = np.asfortranarray(case.x)
+    case.dout = np.repeat(case.dout, 2, axis=1)[::-1, ::2][::-1]
+    out, case.dx = np.empty((3, 75), np.float32).T, np.empty((11, 150), np.float32).T[::2]
+    case.outs = (case.outs[0], out)
+    case.forward()
+    case.backward(case.dx)
+    assert np.array_equal(out, plain.outs[-1])
+    assert np.array_equal(case.dx, plain.dx)
+    assert all(map(np.array_equal, case.dweights, plain.dweights))
+
+
+@needs_compiled
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_row_comes_to_the_same_bits_whatever_rows_are_beside_it(activation: str) -> None:
+    case = Case(100, [9, 40, 21, 6], [activation, activation, "identity"])
+    case.forward()
+    whole, rows = case.outs[-1].copy(), case.x.copy()
+    for first, last in [(0, 1), (3, 10), (47, 49), (60, 100)]:
+        case.x, part = rows[first:last], np.empty((last - first, 6), np.float32)
+        case.forward((None, None, part))
+        assert np.array_equal(part, whole[first:last])
+
+
+@needs_compiled
+def test_threads_do_not_disturb_each_other() -> None:
+    cases = [Case(3000, [20, 64, 64, 4], ["tanh", "tanh", "identity"], seed) for seed in range(4)]
+    expected = []
+    for case in cases:
+        case.forward()
+        case.backward(None)
+        expected.append([array.copy() for array in (*case.outs, *case.dweights)])
+
+    def again(case: Case) -> None:
+        for _ in range(10):
+            case.forward()
+            case.backward(None)
+
+    threads = [threading.Thread(target=again, args=(case,)) for case in cases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for case, arrays in zip(cases, expected, strict=True):
+        assert all(map(np.array_equal, (*case.outs, *case.dweights), arrays))
+
+
+@needs_compiled
+def test_tanh_is_within_a_rounding_or_two_and_never_beyond_one() -> None:
+    x = np.concatenate([np.linspace(-20, 20, 200_001), np.geomspace(1e-30, 1e4, 2000), [np.inf, -np.inf, 0, -0.0]])
+    x = x.astype(np.float32)[:, None]
+    y = np.empty_like(x)
+    one, zero = (np.full(shape, value, np.float32) for shape, value in [((1, 1), 1), ((1,), 0)])
+    perceptron.forward(x, (one,), (zero,), perceptron.encode_activations(["tanh"]), (y,))
+    assert np.abs(y - np.tanh(x.astype(np.float64))).max() < 4e-7
+    assert np.abs(y).max() <= 1
+    small = np.abs(x) < 1e-3
+    np.testing.assert_allclose(y[small], np.tanh(x[small]), rtol=1e-6, atol=0)
+
+
+@needs_compiled
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_is_not_a_number_stays_so_in_its_row_and_in_every_gradient(activation: str) -> None:
+    case = Case(20, [4, 24, 3], [activation, "identity"])
+    case.x[7, 2] = np.nan
+    case.forward()
+    assert np.isnan(case.outs[-1]).any(1).tolist() == [row == 7 for row in range(20)]
+    case.forward((case.outs[0], case.outs[-1]))
+    case.backward(None)
+    assert np.isnan(case.dweights[1]).any()  # relu's slope at what is not a number is 0, by torch, too
+
+
+@needs_compiled
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": np.zeros((3, 4))}, TypeError, "x must hold float32, got format 'd'"),
+        ({"x": np.zeros((3, 4), ">f4")}, TypeError, "float32"),
+        ({"x": np.zeros(4, np.float32)}, ValueError, "x must have 2 axes, got 1"),
+        ({"x": np.zeros((3, 5), np.float32)}, ValueError, r"weight must be \[5, 8\], got \[4, 8\]"),
+        ({"weights": [np.zeros((4, 8), np.float32)] * 2}, ValueError, "tuple"),
+        ({"weights": ()}, ValueError, "1 to 32 layers"),
+        ({"weights": (np.zeros((8, 4), np.float32).T, np.zeros((8, 2), np.float32))}, ValueError, "contiguous"),
+        ({"biases": (np.zeros(8, np.float32),)}, ValueError, "biases must be a tuple with an item for each layer"),
+        ({"biases": (np.zeros(8, np.float32), np.zeros(3, np.float32))}, ValueError, r"bias must be \[1, 2\]"),
+        ({"codes": b"\x02"}, ValueError, "1 activations for 2 layers"),
+        ({"codes": b"\x02\x09"}, ValueError, "no activation 9"),
+        ({"outs": (None, None)}, ValueError, "last layer"),
+        ({"outs": (None, np.zeros((4, 2), np.float32))}, ValueError, r"out must be \[3, 2\], got \[4, 2\]"),
+        ({"outs": (None, np.broadcast_to(np.float32(0), (3, 2)))}, (ValueError, BufferError), "read-only|writable"),
+        ({"outs": (None, "text")}, TypeError, "bytes-like|buffer"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_was_expected(change: dict[str, Any], error: Any, message: str) -> None:
+    case = Case(3, [4, 8, 2], ["tanh", "identity"])
+    given = {"x": case.x, "weights": case.weights, "biases": case.biases, "codes": case.codes, "outs": case.outs}
+    with pytest.raises(error, match=message):
+        perceptron.forward(*(given | change).values())
+
+
+@needs_compiled
+def test_a_gradient_needs_what_came_out() -> None:
+    case = Case(3, [4, 8, 2], ["tanh", "identity"])
+    case.forward()
+    given = (case.dout, case.x, (None, None), case.weights, case.codes, case.dweights, case.dbiases, None)
+    with pytest.raises(ValueError, match="outs must hold what came out of each layer with an activation"):
+        perceptron.backward(*given)
+    with pytest.raises(ValueError, match=r"dout must be \[3, 2\], got \[2, 2\]"):
+        perceptron.backward(case.dout[:2], *given[1:2], case.outs, *given[3:])
+    with pytest.raises(ValueError, match=r"dweight must be \[4, 8\], got \[8, 2\]"):
+        perceptron.backward(case.dout, case.x, case.outs, *given[3:5], case.dweights[::-1], case.dbiases, None)
+
+
+@needs_compiled
+def test_nothing_is_left_behind() -> None:
+    case = Case(48, [4, 64, 64, 2], ["tanh", "tanh", "identity"])
+    counts = [sys.getrefcount(array) for array in (case.x, *case.weights, *case.outs)]
+    for _ in range(1000):
+        case.forward()
+        case.backward(None)
+        with pytest.raises(ValueError, match=r"weight must be \[3"):
+            perceptron.forward(case.x[:, :3], case.weights, case.biases, case.codes, case.outs)
+    assert [sys.getrefcount(array) for array in (case.x, *case.weights, *case.outs)] == counts
+
+
+def test_it_is_compiled_where_there_is_a_compiler() -> None:
+    if os.environ.get(perceptron.OFF_VARIABLE) == "0" or shutil.which("cc") is None:
+        pytest.skip("no compiler here, or switched off")
+    assert perceptron.COMPILED, perceptron.PROBLEM
+
+
+def test_it_can_be_switched_off_and_then_says_so() -> None:
+    code = "from rustyrl import perceptron as p; print(p.COMPILED, p.encode_activations(['tanh']), p.PROBLEM)"
+    environment = {**os.environ, perceptron.OFF_VARIABLE: "0"}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.split(maxsplit=2)[:2] == ["False", "None"]
+    assert perceptron.OFF_VARIABLE in said.stdout or "not compiled" in said.stdout
+
+
+def test_activations_that_it_does_not_know_are_left_to_others() -> None:
+    assert perceptron.encode_activations(["elu", "identity"]) is None
+    assert perceptron.encode_activations(["silu", "identity"]) is None
