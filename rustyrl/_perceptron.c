@@ -5,14 +5,18 @@
  * way back. Products run at the speed of the core's multipliers; what stands around them costs next to nothing.
  *
  * Written with the vector extensions of GCC and Clang. On x86 it wants AVX2 and FMA, which `supported` asks for when
- * it runs; elsewhere the compiler makes of 8 numbers what the processor has. Arithmetic is in a fixed order: the same
- * numbers give the same bits on the same machine, whatever else runs there.
+ * it runs; elsewhere the compiler makes of 8 numbers what the processor has.
+ *
+ * Rows are cut into pieces that threads take as they are free, so that a core that is busy elsewhere holds nobody up.
+ * Arithmetic is in a fixed order: the same numbers give the same bits on the same machine, with however many threads.
  */
 #define Py_LIMITED_API 0x030b0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #if defined(__x86_64__)
 #define FAST __attribute__((target("avx2,fma")))
@@ -28,7 +32,8 @@ typedef Py_ssize_t size;
 
 enum { LANE = 8, PANEL = 16, ROWS = 6, TILE = 48 }; /* ROWS x PANEL numbers are summed up in registers */
 enum { IDENTITY, RELU, TANH, ACTIVATIONS };
-enum { MAX_LAYERS = 32 };
+enum { MAX_LAYERS = 32, MAX_THREADS = 64 };
+enum { PIECES = 16, MIN_PIECE = 96, MAX_PARTIAL = 1 << 22 }; /* of rows, and of numbers in gradients of pieces */
 
 /* Numbers that are not side by side: that of row r and column c is at[r * row + c * column]. */
 typedef struct {
@@ -41,6 +46,7 @@ typedef struct {
     int activation;
     const float *weight, *bias; /* [in, out], [out] */
     float *dweight, *dbias;
+    size gradient; /* where its gradient begins among those of all layers: of the weight, then of the bias */
     float *forth; /* the weight in panels, with its bias before each */
     float *back;  /* the transposed weight in panels, or NULL where nobody asks for the gradient of what came in */
 } Layer;
@@ -237,52 +243,184 @@ FAST static void take_in(Matrix dy, const float *y, int activation, float *dz, f
     }
 }
 
-FAST static void go_forward(Matrix x, const Layer *layers, size count, const Matrix *outs, float *room, size room_each)
+/* One way through a perceptron, for all rows.
+ *
+ * tile, tiles: numbers of a tile, and how many tiles a thread needs
+ * rows_each: of a piece
+ * parameters: how many numbers the gradients of all layers are
+ * partial: [pieces, parameters], the gradients of each piece
+ * next, threads: the piece to be taken next, and how many threads have taken any
+ */
+typedef struct Work {
+    void (*go)(const struct Work *work, size begin, size end, float *room);
+    Matrix x, dout, dx;
+    Layer layers[MAX_LAYERS];
+    Matrix outs[MAX_LAYERS];
+    size count, tile, tiles, rows_each, pieces, parameters;
+    float *room, *partial;
+    size next, threads;
+} Work;
+
+FAST static void go_forward(const Work *work, size begin, size end, float *room)
 {
-    for (size first = 0; first < x.rows; first += TILE) {
-        size rows = least(TILE, x.rows - first);
-        Matrix a = rows_from(x, first, rows);
-        for (size l = 0; l < count; l++) {
-            Matrix out = {room + (l % 2) * room_each, rows, layers[l].out, layers[l].out, 1}; /* nobody keeps it */
-            if (outs[l].at)
-                out = rows_from(outs[l], first, rows);
-            through(a, layers[l].forth, 1, layers[l].activation, out);
+    for (size first = begin; first < end; first += TILE) {
+        size rows = least(TILE, end - first);
+        Matrix a = rows_from(work->x, first, rows);
+        for (size l = 0; l < work->count; l++) {
+            const Layer *layer = &work->layers[l];
+            Matrix out = {room + (l % 2) * work->tile, rows, layer->out, layer->out, 1}; /* if nobody keeps it */
+            if (work->outs[l].at)
+                out = rows_from(work->outs[l], first, rows);
+            through(a, layer->forth, 1, layer->activation, out);
             a = out;
         }
     }
 }
 
-FAST static void go_backward(Matrix dout, Matrix x, const Layer *layers, size count, const Matrix *outs, Matrix dx,
-                             float *room, size room_each)
+FAST static void go_backward(const Work *work, size begin, size end, float *room)
 {
-    float *dz = room, *between[2] = {room + room_each, room + 2 * room_each}, *sums = room + 3 * room_each;
-    for (size l = 0; l < count; l++) {
-        memset(layers[l].dweight, 0, sizeof(float) * layers[l].in * layers[l].out);
-        memset(layers[l].dbias, 0, sizeof(float) * layers[l].out);
-    }
-    for (size first = 0; first < x.rows; first += TILE) {
-        size rows = least(TILE, x.rows - first);
-        Matrix dy = rows_from(dout, first, rows);
-        for (size l = count - 1; l >= 0; l--) {
-            const Layer *layer = &layers[l];
+    size tile = work->tile;
+    float *dz = room, *between[2] = {room + tile, room + 2 * tile}, *sums = room + 3 * tile;
+    float *gradients = work->partial + begin / work->rows_each * work->parameters;
+    memset(gradients, 0, sizeof(float) * work->parameters);
+    memset(dz, 0, sizeof(float) * tile); /* what pads it is multiplied, too, and forgotten */
+    for (size first = begin; first < end; first += TILE) {
+        size rows = least(TILE, end - first);
+        Matrix dy = rows_from(work->dout, first, rows);
+        for (size l = work->count - 1; l >= 0; l--) {
+            const Layer *layer = &work->layers[l];
+            const float *kept = work->outs[l].at ? work->outs[l].at + first * layer->out : NULL;
+            float *dweight = gradients + layer->gradient, *dbias = dweight + layer->in * layer->out;
             size stride = padded(layer->out);
             memset(sums, 0, sizeof(float) * stride);
-            take_in(dy, outs[l].at ? outs[l].at + first * layer->out : NULL, layer->activation, dz, sums);
+            take_in(dy, kept, layer->activation, dz, sums);
             for (size i = 0; i < layer->out; i++)
-                layer->dbias[i] += sums[i];
-            Matrix a = transposed(rows_from(l ? outs[l - 1] : x, first, rows));
+                dbias[i] += sums[i];
+            Matrix a = transposed(rows_from(l ? work->outs[l - 1] : work->x, first, rows));
             for (size j = 0; j < layer->out; j += PANEL) {
-                Matrix dweight = {layer->dweight + j, layer->in, layer->out - j, layer->out, 1};
-                column_identity(a, dz + j, stride, NULL, 1, dweight, (int)least(PANEL, layer->out - j));
+                Matrix columns = {dweight + j, layer->in, layer->out - j, layer->out, 1};
+                column_identity(a, dz + j, stride, NULL, 1, columns, (int)least(PANEL, layer->out - j));
             }
             if (layer->back) {
                 Matrix before = {between[l % 2], rows, layer->in, layer->in, 1};
                 if (!l)
-                    before = rows_from(dx, first, rows);
+                    before = rows_from(work->dx, first, rows);
                 through((Matrix){dz, rows, layer->out, stride, 1}, layer->back, 0, IDENTITY, before);
                 dy = before;
             }
         }
+    }
+}
+
+/* The gradients of all pieces together, in their order. */
+FAST static void gather(const Work *work)
+{
+    for (size piece = 1; piece < work->pieces; piece++) {
+        float *total = work->partial, *from = work->partial + piece * work->parameters;
+        for (size i = 0; i < work->parameters; i++)
+            total[i] += from[i];
+    }
+    for (size l = 0; l < work->count; l++) {
+        const Layer *layer = &work->layers[l];
+        const float *from = work->partial + layer->gradient;
+        memcpy(layer->dweight, from, sizeof(float) * layer->in * layer->out);
+        memcpy(layer->dbias, from + layer->in * layer->out, sizeof(float) * layer->out);
+    }
+}
+
+/* --- threads --- */
+
+static void take_pieces(Work *work)
+{
+    size thread = __atomic_fetch_add(&work->threads, 1, __ATOMIC_RELAXED), piece;
+    float *room = work->room + thread * work->tiles * work->tile;
+    while ((piece = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED)) < work->pieces) {
+        size begin = piece * work->rows_each;
+        work->go(work, begin, least(begin + work->rows_each, work->x.rows), room);
+    }
+}
+
+enum { PATIENCE = 20000 }; /* a fraction of a millisecond: to sleep for the rest of a piece takes longer than it */
+
+static void relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+/* Threads that sleep until there is work, of one process; whoever comes while they have some does his own alone. */
+static struct {
+    pthread_mutex_t lock;
+    pthread_cond_t wake, done;
+    Work *work; /* that may be joined */
+    size wanted, inside, helpers;
+    pid_t process;
+} pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER, .done = PTHREAD_COND_INITIALIZER};
+
+static void *help(void *unused)
+{
+    pthread_mutex_lock(&pool.lock);
+    for (;;) {
+        while (!pool.work || !pool.wanted)
+            pthread_cond_wait(&pool.wake, &pool.lock);
+        Work *work = pool.work;
+        pool.wanted--;
+        pool.inside++;
+        pthread_mutex_unlock(&pool.lock);
+        take_pieces(work);
+        pthread_mutex_lock(&pool.lock);
+        if (!__atomic_sub_fetch(&pool.inside, 1, __ATOMIC_RELEASE))
+            pthread_cond_signal(&pool.done);
+    }
+    return unused;
+}
+
+static void lock_pool(void)
+{
+    if (pool.process != getpid()) { /* a child has none of its parent's threads */
+        pthread_mutex_init(&pool.lock, NULL);
+        pthread_cond_init(&pool.wake, NULL);
+        pthread_cond_init(&pool.done, NULL);
+        pool.work = NULL;
+        pool.wanted = pool.inside = pool.helpers = 0;
+        pool.process = getpid();
+    }
+    pthread_mutex_lock(&pool.lock);
+}
+
+static void do_work(Work *work, size threads)
+{
+    size helpers = least(threads, work->pieces) - 1;
+    int ours = 0;
+    if (helpers > 0) {
+        lock_pool();
+        for (pthread_t thread; pool.helpers < helpers; pool.helpers++) {
+            if (pthread_create(&thread, NULL, help, NULL))
+                break; /* with fewer, then */
+            pthread_detach(thread);
+        }
+        if (!pool.work && !pool.inside) {
+            ours = 1;
+            pool.work = work;
+            pool.wanted = least(helpers, pool.helpers);
+            pthread_cond_broadcast(&pool.wake);
+        }
+        pthread_mutex_unlock(&pool.lock);
+    }
+    take_pieces(work);
+    if (ours) {
+        pthread_mutex_lock(&pool.lock);
+        pool.work = NULL; /* who wakes up late finds nothing to do */
+        pthread_mutex_unlock(&pool.lock);
+        for (int i = 0; i < PATIENCE && __atomic_load_n(&pool.inside, __ATOMIC_ACQUIRE); i++)
+            relax();
+        pthread_mutex_lock(&pool.lock);
+        while (pool.inside)
+            pthread_cond_wait(&pool.done, &pool.lock);
+        pthread_mutex_unlock(&pool.lock);
     }
 }
 
@@ -344,14 +482,13 @@ static int count_items(PyObject *tuple, const char *name, size expected)
 }
 
 /* What both ways need of the layers: weights, activations and what came out of each. */
-static int borrow_layers(Borrowed *borrowed, size rows, size columns, PyObject *weights, PyObject *activations,
-                         PyObject *outs, int writable, Layer *layers, Matrix *kept)
+static int borrow_layers(Borrowed *borrowed, Work *work, PyObject *weights, PyObject *activations, PyObject *outs,
+                         int writable)
 {
     if (count_items(weights, "weights", -1) < 0)
         return -1;
-    size count = PyTuple_Size(weights);
+    size count = PyTuple_Size(weights), columns = work->x.columns, length;
     char *codes;
-    size length;
     if (count < 1 || count > MAX_LAYERS) {
         PyErr_Format(PyExc_ValueError, "a perceptron has 1 to %d layers here, got %zd", MAX_LAYERS, count);
         return -1;
@@ -362,6 +499,7 @@ static int borrow_layers(Borrowed *borrowed, size rows, size columns, PyObject *
         PyErr_Format(PyExc_ValueError, "%zd activations for %zd layers", length, count);
         return -1;
     }
+    work->count = count;
     for (size l = 0; l < count; l++) {
         Matrix weight;
         PyObject *out = PyTuple_GetItem(outs, l);
@@ -372,80 +510,99 @@ static int borrow_layers(Borrowed *borrowed, size rows, size columns, PyObject *
         if (borrow(borrowed, PyTuple_GetItem(weights, l), "weight", 2, columns, -1, 0, 0, &weight) < 0)
             return -1;
         columns = weight.columns;
-        layers[l] = (Layer){.in = weight.rows, .out = columns, .activation = codes[l], .weight = weight.at};
-        kept[l] = (Matrix){0};
+        work->layers[l] = (Layer){.in = weight.rows, .out = columns, .activation = codes[l], .weight = weight.at};
         if (out != Py_None &&
-            borrow(borrowed, out, "out", 2, rows, columns, l == count - 1, writable, &kept[l]) < 0)
+            borrow(borrowed, out, "out", 2, work->x.rows, columns, l == count - 1, writable, &work->outs[l]) < 0)
             return -1;
     }
     return 0;
 }
 
-static size widest(const Layer *layers, size count)
+/* The numbers that each thread needs, then those that all share: panels and gradients of pieces. */
+static int make_room(Work *work, size threads, int gradients)
 {
-    size widest = padded(layers[0].in);
-    for (size l = 0; l < count; l++)
-        if (padded(layers[l].out) > widest)
-            widest = padded(layers[l].out);
-    return widest;
-}
-
-/* Room for panels and `tiles` tiles; the tiles come first. */
-static float *make_room(Layer *layers, size count, size each, size tiles)
-{
-    size numbers = each * (tiles + 1);
-    for (size l = 0; l < count; l++)
-        numbers += (layers[l].in + 1) * padded(layers[l].out) + (layers[l].out + 1) * padded(layers[l].in);
-    float *room = aligned_alloc(64, sizeof(float) * (size_t)numbers);
-    if (!room)
+    size widest = padded(work->layers[0].in), panels = 0, pieces = PIECES;
+    work->parameters = 0;
+    for (size l = 0; l < work->count; l++) {
+        Layer *layer = &work->layers[l];
+        if (padded(layer->out) > widest)
+            widest = padded(layer->out);
+        panels += gradients ? layer->out * padded(layer->in) : (layer->in + 1) * padded(layer->out);
+        layer->gradient = work->parameters;
+        work->parameters += (layer->in + 1) * layer->out;
+    }
+    while (pieces > 1 && pieces * work->parameters > MAX_PARTIAL)
+        pieces /= 2;
+    work->rows_each = (work->x.rows + pieces * ROWS - 1) / (pieces * ROWS) * ROWS;
+    if (work->rows_each < MIN_PIECE)
+        work->rows_each = MIN_PIECE;
+    work->pieces = work->x.rows ? (work->x.rows + work->rows_each - 1) / work->rows_each : 1;
+    work->tile = TILE * widest;
+    work->tiles = gradients ? 4 : 2;
+    size numbers = least(threads, work->pieces) * work->tiles * work->tile + panels;
+    if (gradients)
+        numbers += work->pieces * work->parameters;
+    work->room = aligned_alloc(64, (sizeof(float) * (size_t)numbers + 63) / 64 * 64);
+    if (!work->room) {
         PyErr_NoMemory();
-    else
-        memset(room, 0, sizeof(float) * (size_t)each); /* what pads the tile of gradients must be numbers */
-    return room;
+        return -1;
+    }
+    return 0;
 }
 
-PyDoc_STRVAR(forward_doc, "forward(x, weights, biases, activations, outs)\n\n"
+static float *shared_room(const Work *work, size threads)
+{
+    return work->room + least(threads, work->pieces) * work->tiles * work->tile;
+}
+
+static int check_threads(int threads)
+{
+    if (threads >= 1 && threads <= MAX_THREADS)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "threads must be 1 to %d, got %d", MAX_THREADS, threads);
+    return -1;
+}
+
+PyDoc_STRVAR(forward_doc, "forward(x, weights, biases, activations, outs, threads)\n\n"
                           "Write what each layer says of x [N, in] into outs; None there keeps nothing of a layer.");
 
 static PyObject *forward(PyObject *Py_UNUSED(module), PyObject *args)
 {
-    PyObject *x_array, *weights, *biases, *activations, *outs;
-    if (!PyArg_ParseTuple(args, "OOOOO", &x_array, &weights, &biases, &activations, &outs))
+    PyObject *x, *weights, *biases, *activations, *outs;
+    int threads, done = 0;
+    if (!PyArg_ParseTuple(args, "OOOOOi", &x, &weights, &biases, &activations, &outs, &threads) ||
+        check_threads(threads) < 0)
         return NULL;
     Borrowed borrowed = {.count = 0};
-    Layer layers[MAX_LAYERS];
-    Matrix kept[MAX_LAYERS], x, bias;
-    float *room = NULL;
-    int done = 0;
-    if (borrow(&borrowed, x_array, "x", 2, -1, -1, 1, 0, &x) < 0 ||
-        borrow_layers(&borrowed, x.rows, x.columns, weights, activations, outs, 1, layers, kept) < 0)
+    Work work = {.go = go_forward};
+    if (borrow(&borrowed, x, "x", 2, -1, -1, 1, 0, &work.x) < 0 ||
+        borrow_layers(&borrowed, &work, weights, activations, outs, 1) < 0 ||
+        count_items(biases, "biases", work.count) < 0)
         goto end;
-    size count = PyTuple_Size(weights), each = TILE * widest(layers, count);
-    if (count_items(biases, "biases", count) < 0)
-        goto end;
-    for (size l = 0; l < count; l++) {
-        if (borrow(&borrowed, PyTuple_GetItem(biases, l), "bias", 1, -1, layers[l].out, 0, 0, &bias) < 0)
+    for (size l = 0; l < work.count; l++) {
+        Matrix bias;
+        if (borrow(&borrowed, PyTuple_GetItem(biases, l), "bias", 1, -1, work.layers[l].out, 0, 0, &bias) < 0)
             goto end;
-        layers[l].bias = bias.at;
+        work.layers[l].bias = bias.at;
     }
-    if (!kept[count - 1].at) {
+    if (!work.outs[work.count - 1].at) {
         PyErr_SetString(PyExc_ValueError, "outs must hold an array for the last layer");
         goto end;
     }
-    if (!(room = make_room(layers, count, each, 2)))
+    if (make_room(&work, threads, 0) < 0)
         goto end;
     Py_BEGIN_ALLOW_THREADS;
-    float *to = room + 2 * each;
-    for (size l = 0; l < count; l++) {
-        Layer *layer = &layers[l];
+    float *to = shared_room(&work, threads);
+    for (size l = 0; l < work.count; l++) {
+        Layer *layer = &work.layers[l];
         layer->forth = to;
         to = pack(to, (Matrix){(float *)layer->weight, layer->in, layer->out, layer->out, 1}, layer->bias);
     }
-    go_forward(x, layers, count, kept, room, each);
+    do_work(&work, threads);
     Py_END_ALLOW_THREADS;
     done = 1;
 end:
-    free(room);
+    free(work.room);
     give_back(&borrowed);
     if (!done)
         return NULL;
@@ -453,61 +610,62 @@ end:
 }
 
 PyDoc_STRVAR(backward_doc,
-             "backward(dout, x, outs, weights, activations, dweights, dbiases, dx)\n\n"
+             "backward(dout, x, outs, weights, activations, dweights, dbiases, dx, threads)\n\n"
              "Write the gradient of every weight and bias, and of x [N, in] if dx is not None, for that of what came "
              "out, [N, out]; outs are those of `forward`, of which the last may be None if it has no activation.");
 
 static PyObject *backward(PyObject *Py_UNUSED(module), PyObject *args)
 {
-    PyObject *dout_array, *x_array, *outs, *weights, *activations, *dweights, *dbiases, *dx_array;
-    if (!PyArg_ParseTuple(args, "OOOOOOOO", &dout_array, &x_array, &outs, &weights, &activations, &dweights, &dbiases,
-                          &dx_array))
+    PyObject *dout, *x, *outs, *weights, *activations, *dweights, *dbiases, *dx;
+    int threads, done = 0;
+    if (!PyArg_ParseTuple(args, "OOOOOOOOi", &dout, &x, &outs, &weights, &activations, &dweights, &dbiases, &dx,
+                          &threads) ||
+        check_threads(threads) < 0)
         return NULL;
     Borrowed borrowed = {.count = 0};
-    Layer layers[MAX_LAYERS];
-    Matrix kept[MAX_LAYERS], x, dout, gradient, dx = {0};
-    float *room = NULL;
-    int done = 0;
-    if (borrow(&borrowed, x_array, "x", 2, -1, -1, 1, 0, &x) < 0 ||
-        borrow_layers(&borrowed, x.rows, x.columns, weights, activations, outs, 0, layers, kept) < 0)
+    Work work = {.go = go_backward};
+    if (borrow(&borrowed, x, "x", 2, -1, -1, 1, 0, &work.x) < 0 ||
+        borrow_layers(&borrowed, &work, weights, activations, outs, 0) < 0 ||
+        count_items(dweights, "dweights", work.count) < 0 || count_items(dbiases, "dbiases", work.count) < 0)
         goto end;
-    size count = PyTuple_Size(weights), each = TILE * widest(layers, count);
-    if (count_items(dweights, "dweights", count) < 0 || count_items(dbiases, "dbiases", count) < 0)
-        goto end;
-    for (size l = 0; l < count; l++) {
-        Layer *layer = &layers[l];
+    for (size l = 0; l < work.count; l++) {
+        Layer *layer = &work.layers[l];
+        Matrix *kept = &work.outs[l], gradient;
         if (borrow(&borrowed, PyTuple_GetItem(dweights, l), "dweight", 2, layer->in, layer->out, 0, 1, &gradient) < 0)
             goto end;
         layer->dweight = gradient.at;
         if (borrow(&borrowed, PyTuple_GetItem(dbiases, l), "dbias", 1, -1, layer->out, 0, 1, &gradient) < 0)
             goto end;
         layer->dbias = gradient.at;
-        if (!kept[l].at && (l < count - 1 || layer->activation != IDENTITY)) {
+        if (!kept->at && (l < work.count - 1 || layer->activation != IDENTITY)) {
             PyErr_SetString(PyExc_ValueError, "outs must hold what came out of each layer with an activation");
             goto end;
         }
-        if (kept[l].at && layer->activation != IDENTITY && (kept[l].column != 1 || kept[l].row != layer->out)) {
+        if (kept->at && layer->activation != IDENTITY && (kept->column != 1 || kept->row != layer->out)) {
             PyErr_SetString(PyExc_ValueError, "what came out of a layer with an activation must be contiguous");
             goto end;
         }
     }
-    if (borrow(&borrowed, dout_array, "dout", 2, x.rows, layers[count - 1].out, 1, 0, &dout) < 0 ||
-        (dx_array != Py_None && borrow(&borrowed, dx_array, "dx", 2, x.rows, x.columns, 1, 1, &dx) < 0) ||
-        !(room = make_room(layers, count, each, 4)))
+    if (borrow(&borrowed, dout, "dout", 2, work.x.rows, work.layers[work.count - 1].out, 1, 0, &work.dout) < 0 ||
+        (dx != Py_None && borrow(&borrowed, dx, "dx", 2, work.x.rows, work.x.columns, 1, 1, &work.dx) < 0) ||
+        make_room(&work, threads, 1) < 0)
         goto end;
     Py_BEGIN_ALLOW_THREADS;
-    float *to = room + 4 * each;
-    for (size l = 0; l < count; l++) {
-        Layer *layer = &layers[l];
-        layer->back = l || dx.at ? to : NULL;
-        if (layer->back)
+    work.partial = shared_room(&work, threads);
+    float *to = work.partial + work.pieces * work.parameters;
+    for (size l = 0; l < work.count; l++) {
+        Layer *layer = &work.layers[l];
+        if (l || work.dx.at) {
+            layer->back = to;
             to = pack(to, (Matrix){(float *)layer->weight, layer->out, layer->in, 1, layer->out}, NULL);
+        }
     }
-    go_backward(dout, x, layers, count, kept, dx, room, each);
+    do_work(&work, threads);
+    gather(&work);
     Py_END_ALLOW_THREADS;
     done = 1;
 end:
-    free(room);
+    free(work.room);
     give_back(&borrowed);
     if (!done)
         return NULL;

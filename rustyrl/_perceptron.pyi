@@ -10,6 +10,7 @@ def forward(
     biases: tuple[Floats, ...],
     activations: bytes,
     outs: tuple[Floats | None, ...],
+    threads: int,
     /,
 ) -> None: ...
 def backward(
@@ -21,6 +22,7 @@ def backward(
     dweights: tuple[Floats, ...],
     dbiases: tuple[Floats, ...],
     dx: Floats | None,
+    threads: int,
     /,
 ) -> None: ...
 def supported() -> bool: ...

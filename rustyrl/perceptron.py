@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-__all__ = ["COMPILED", "OFF_VARIABLE", "PROBLEM", "backward", "encode_activations", "forward"]
+__all__ = ["COMPILED", "MAX_THREADS", "OFF_VARIABLE", "PROBLEM", "backward", "encode_activations", "forward"]
 
 ACTIVATIONS = {"identity": 0, "relu": 1, "tanh": 2}  # as in _perceptron.c
+MAX_THREADS = 64
 OFF_VARIABLE = "RUSTYRL_COMPILED"  # 0 switches it off, to compare with
 
 PROBLEM = ""  # why there is none

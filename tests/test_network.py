@@ -43,7 +43,7 @@ def policy_spec(
 
 
 def network_of(
-    spec: PolicySpec, *, shared: bool = False, seed: int = 0, log_std: float = 0.0, compiled: bool = False
+    spec: PolicySpec, *, shared: bool = False, seed: int = 0, log_std: float = 0.0, compiled: int = 0
 ) -> ActorCritic:
     torch.manual_seed(seed)
     return ActorCritic(spec, shared=shared, initial_log_std=log_std, compiled=compiled)
@@ -119,10 +119,10 @@ def literal_mlp(parameters: dict[str, Tensor], prefix: str, x: Tensor, activatio
     return x
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [0, 1, 2])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("activation", ["tanh", "relu", "elu", "silu"])
-def test_network_equals_the_literal_perceptrons(activation: Any, shared: bool, compiled: bool) -> None:
+def test_network_equals_the_literal_perceptrons(activation: Any, shared: bool, compiled: int) -> None:
     network = network_of(policy_spec(activation=activation), shared=shared, compiled=compiled)
     parameters = dict(network.named_parameters())
     x = torch.randn(9, 7, generator=torch.Generator().manual_seed(1))
@@ -146,13 +146,13 @@ def gradient_of(network: ActorCritic, x: Tensor, doutputs: Tensor, dvalue: Tenso
     return {name: p.grad for name, p in network.named_parameters() if p.grad is not None and name != "log_std"}
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [0, 1, 2])
 @pytest.mark.parametrize("rows", [9, 1500])
 @pytest.mark.parametrize("hidden", [(), (24,), (32, 24)])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("activation", ["tanh", "relu", "elu", "silu"])
 def test_the_gradient_is_that_of_autograd_through_the_literal_perceptrons(
-    activation: Any, shared: bool, hidden: tuple[int, ...], rows: int, compiled: bool
+    activation: Any, shared: bool, hidden: tuple[int, ...], rows: int, compiled: int
 ) -> None:
     network = network_of(policy_spec(hidden=hidden, activation=activation), shared=shared, compiled=compiled)
     generator = torch.Generator().manual_seed(1)
@@ -174,7 +174,7 @@ def test_the_gradient_is_that_of_autograd_through_the_literal_perceptrons(
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_many_rows_come_to_the_same_as_few(shared: bool) -> None:
-    for compiled in (False, True):
+    for compiled in (0, 1, 2):
         network = network_of(policy_spec(), shared=shared, compiled=compiled)
         x = torch.randn(5000, 7, generator=torch.Generator().manual_seed(1))
         outputs, value = network(x)

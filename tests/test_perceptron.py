@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,10 @@ SLOPES = {
 class Case:
     """Random layers and rows, in memory of which a frame around each array is watched."""
 
-    def __init__(self, rows: int, sizes: list[int], activations: list[str], seed: int = 0) -> None:
+    def __init__(self, rows: int, sizes: list[int], activations: list[str], seed: int = 0, threads: int = 1) -> None:
         self.generator = np.random.default_rng(seed)
         self.frames: list[tuple[np.ndarray, np.ndarray]] = []
-        self.activations = activations
+        self.activations, self.threads = activations, threads
         self.codes = perceptron.encode_activations(activations)
         pairs = list(itertools.pairwise(sizes))
         self.x = self.framed(rows, sizes[0], fill=True)
@@ -53,11 +54,13 @@ class Case:
         return inside
 
     def forward(self, outs: Any = None) -> None:
-        perceptron.forward(self.x, self.weights, self.biases, self.codes, self.outs if outs is None else outs)
+        perceptron.forward(
+            self.x, self.weights, self.biases, self.codes, self.outs if outs is None else outs, self.threads
+        )
 
     def backward(self, dx: np.ndarray | None) -> None:
         arguments = (self.dout, self.x, self.outs, self.weights, self.codes, self.dweights, self.dbiases)
-        perceptron.backward(*arguments, dx)
+        perceptron.backward(*arguments, dx, self.threads)
 
     def check_frames(self) -> None:
         for whole, _ in self.frames:
@@ -125,9 +128,12 @@ def test_a_pass_and_its_gradient_are_those_of_plain_numpy(rows: int, sizes: list
     sizes=st.lists(st.integers(1, 40), min_size=2, max_size=5),
     names=st.lists(st.sampled_from(list(ACTIVATIONS)), min_size=4, max_size=4),
     seed=st.integers(0, 1000),
+    threads=st.integers(1, 3),
 )
-def test_any_shape_and_order_of_activations(rows: int, sizes: list[int], names: list[str], seed: int) -> None:
-    check(Case(rows, sizes, names[: len(sizes) - 1], seed))
+def test_any_shape_and_order_of_activations(
+    rows: int, sizes: list[int], names: list[str], seed: int, threads: int
+) -> None:
+    check(Case(rows, sizes, names[: len(sizes) - 1], seed, threads))
 
 
 @needs_compiled
@@ -172,26 +178,65 @@ def test_a_row_comes_to_the_same_bits_whatever_rows_are_beside_it(activation: st
 
 
 @needs_compiled
-def test_threads_do_not_disturb_each_other() -> None:
-    cases = [Case(3000, [20, 64, 64, 4], ["tanh", "tanh", "identity"], seed) for seed in range(4)]
+@pytest.mark.parametrize("rows", [1, 95, 97, 400, 1535, 4096, 5000])
+def test_any_number_of_threads_comes_to_the_same_bits(rows: int) -> None:
+    found = []
+    for threads in (1, 2, 3, 8, 64):
+        case = Case(rows, [20, 64, 64, 4], ["tanh", "relu", "identity"], threads=threads)
+        check(case)
+        found.append((*case.outs, *case.dweights, *case.dbiases, case.dx))
+    for other in found[1:]:
+        assert all(map(np.array_equal, found[0], other))
+
+
+@needs_compiled
+def test_callers_do_not_disturb_each_other() -> None:
+    cases = [
+        Case(2000 + 500 * seed, [20, 64, 64, 4], ["tanh", "tanh", "identity"], seed, threads=1 + seed)
+        for seed in range(4)
+    ]
     expected = []
     for case in cases:
         case.forward()
         case.backward(None)
         expected.append([array.copy() for array in (*case.outs, *case.dweights)])
+    wrong: list[int] = []
 
-    def again(case: Case) -> None:
-        for _ in range(10):
+    def again(index: int) -> None:
+        case = cases[index]
+        for _ in range(100):
             case.forward()
             case.backward(None)
+            if not all(map(np.array_equal, (*case.outs, *case.dweights), expected[index])):
+                wrong.append(index)
 
-    threads = [threading.Thread(target=again, args=(case,)) for case in cases]
+    threads = [threading.Thread(target=again, args=(index,)) for index in range(len(cases))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for case, arrays in zip(cases, expected, strict=True):
-        assert all(map(np.array_equal, (*case.outs, *case.dweights), arrays))
+    assert wrong == []
+
+
+@needs_compiled
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    code = """
+import os, numpy as np
+from test_perceptron import Case
+case = Case(3000, [20, 64, 64, 4], ["tanh", "tanh", "identity"], threads=3)
+case.forward()
+before = case.outs[-1].copy()
+child = os.fork()
+case.outs[-1][...] = 0
+case.forward()
+same = np.array_equal(case.outs[-1], before)
+if not child:
+    os._exit(0 if same else 1)
+assert same and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
 
 
 @needs_compiled
@@ -200,7 +245,7 @@ def test_tanh_is_within_a_rounding_or_two_and_never_beyond_one() -> None:
     x = x.astype(np.float32)[:, None]
     y = np.empty_like(x)
     one, zero = (np.full(shape, value, np.float32) for shape, value in [((1, 1), 1), ((1,), 0)])
-    perceptron.forward(x, (one,), (zero,), perceptron.encode_activations(["tanh"]), (y,))
+    perceptron.forward(x, (one,), (zero,), perceptron.encode_activations(["tanh"]), (y,), 1)
     assert np.abs(y - np.tanh(x.astype(np.float64))).max() < 4e-7
     assert np.abs(y).max() <= 1
     small = np.abs(x) < 1e-3
@@ -238,26 +283,27 @@ def test_what_is_not_a_number_stays_so_in_its_row_and_in_every_gradient(activati
         ({"outs": (None, np.zeros((4, 2), np.float32))}, ValueError, r"out must be \[3, 2\], got \[4, 2\]"),
         ({"outs": (None, np.broadcast_to(np.float32(0), (3, 2)))}, (ValueError, BufferError), "read-only|writable"),
         ({"outs": (None, "text")}, TypeError, "bytes-like|buffer"),
+        ({"threads": 0}, ValueError, "threads must be 1 to 64, got 0"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_was_expected(change: dict[str, Any], error: Any, message: str) -> None:
     case = Case(3, [4, 8, 2], ["tanh", "identity"])
     given = {"x": case.x, "weights": case.weights, "biases": case.biases, "codes": case.codes, "outs": case.outs}
     with pytest.raises(error, match=message):
-        perceptron.forward(*(given | change).values())
+        perceptron.forward(*({**given, "threads": 1} | change).values())
 
 
 @needs_compiled
 def test_a_gradient_needs_what_came_out() -> None:
     case = Case(3, [4, 8, 2], ["tanh", "identity"])
     case.forward()
-    given = (case.dout, case.x, (None, None), case.weights, case.codes, case.dweights, case.dbiases, None)
+    given = (case.dout, case.x, (None, None), case.weights, case.codes, case.dweights, case.dbiases, None, 1)
     with pytest.raises(ValueError, match="outs must hold what came out of each layer with an activation"):
         perceptron.backward(*given)
     with pytest.raises(ValueError, match=r"dout must be \[3, 2\], got \[2, 2\]"):
         perceptron.backward(case.dout[:2], *given[1:2], case.outs, *given[3:])
     with pytest.raises(ValueError, match=r"dweight must be \[4, 8\], got \[8, 2\]"):
-        perceptron.backward(case.dout, case.x, case.outs, *given[3:5], case.dweights[::-1], case.dbiases, None)
+        perceptron.backward(case.dout, case.x, case.outs, *given[3:5], case.dweights[::-1], case.dbiases, None, 1)
 
 
 @needs_compiled
@@ -268,7 +314,7 @@ def test_nothing_is_left_behind() -> None:
         case.forward()
         case.backward(None)
         with pytest.raises(ValueError, match=r"weight must be \[3"):
-            perceptron.forward(case.x[:, :3], case.weights, case.biases, case.codes, case.outs)
+            perceptron.forward(case.x[:, :3], case.weights, case.biases, case.codes, case.outs, 1)
     assert [sys.getrefcount(array) for array in (case.x, *case.weights, *case.outs)] == counts
 
 

@@ -51,14 +51,15 @@ def network_of(
     *,
     shared: bool = False,
     seed: int = 0,
-    threads: int = 1,
+    lanes: int = 1,
+    compiled: int = 0,
 ) -> ActorCritic:
     """A network whose policy is far from flat, so that a wrong gradient shows."""
     observation = (ArraySpec("main", (WIDTH,), "float32"),)
     box: Literal["clipped", "squashed"] = "squashed" if kind == "squashed" else "clipped"
     spec = PolicySpec(observation, (ACTIONS[kind],), (24, 8), activation, normalize=False, box=box)
     torch.manual_seed(seed)
-    network = ActorCritic(spec, shared=shared, initial_log_std=-0.3, threads=threads)
+    network = ActorCritic(spec, shared=shared, initial_log_std=-0.3, lanes=lanes, compiled=compiled)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape))
@@ -655,10 +656,11 @@ def test_updates_move_probability_to_what_turned_out_well() -> None:
 
 @pytest.mark.parametrize("kind", ["box", "squashed", "discrete", "masked"])
 @pytest.mark.parametrize("shared", [False, True])
-def test_two_threads_give_the_bits_of_one(kind: str, shared: bool) -> None:
+@pytest.mark.parametrize("of", ["lanes", "compiled"])
+def test_two_threads_give_the_bits_of_one(kind: str, shared: bool, of: str) -> None:
     ends = []
     for threads in (1, 2):
-        network = network_of(kind, shared=shared, threads=threads)
+        network = network_of(kind, shared=shared, **{of: threads})  # type: ignore[arg-type]
         config = with_config(epochs=3, minibatch_size=SPLIT, entropy=0.02)
         update(network, batch_of(network, 3 * SPLIT + 5), config, 1e-2)
         ends.append(network.flat()[0].tensor.clone())
@@ -670,7 +672,7 @@ def test_an_exception_in_either_lane_is_raised(broken: str) -> None:
     def fail(_: Tensor) -> Tensor:
         raise ValueError(broken)
 
-    network = network_of(threads=2)
+    network = network_of(lanes=2)
     by = {"by_outputs": torch.zeros_like, "by_value": torch.zeros_like, broken: fail}
     with pytest.raises(ValueError, match=broken):
         network.take_gradient(torch.zeros(SPLIT, network.spec.observation[0].width), **by)

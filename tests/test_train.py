@@ -46,7 +46,7 @@ def test_train_writes_the_run_folder_and_prints_one_json_object(finished):
     assert summary["findings"] == []
     assert summary["device"] == "cpu"
     assert summary["threads"]["lanes"] in (1, 2)
-    assert summary["threads"]["compiled"] == (perceptron.COMPILED and summary["threads"]["of"] == 1)
+    assert summary["threads"]["compiled"] == perceptron.COMPILED
     assert summary["threads"]["of"] >= 1
     assert json.loads((cluster.run / "summary.json").read_text()) == summary
     names = {path.name for path in cluster.run.iterdir()}

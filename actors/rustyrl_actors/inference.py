@@ -108,7 +108,7 @@ class Policy:
         if self._codes is not None:
             x = np.asarray(x, np.float32)
             x = x if x.flags.aligned else x.copy()
-            perceptron.forward(x, self._weights, self._biases, self._codes, self._outs)
+            perceptron.forward(x, self._weights, self._biases, self._codes, self._outs, 1)
             return self._outputs[-1]
         last = len(self._weights) - 1
         for index, (weight, bias) in enumerate(zip(self._weights, self._biases, strict=True)):

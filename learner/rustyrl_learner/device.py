@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from rustyrl.errors import UsageError
+from rustyrl.perceptron import MAX_THREADS, encode_activations
 from rustyrl.processes import available_cores
 
-__all__ = ["choose_device", "gpu_figures", "share_threads"]
+__all__ = ["Threads", "choose_device", "gpu_figures", "share_threads"]
 
 
 def choose_device(name: str) -> torch.device:
@@ -41,17 +43,38 @@ def gpu_figures(device: torch.device) -> dict[str, Any] | None:
     return figures
 
 
-def share_threads(threads: int, *, shared: bool) -> int:
-    """Have torch use so many threads of the CPU, half of them for each of two `Lanes`; returns how many lanes.
+@dataclass(frozen=True, slots=True)
+class Threads:
+    """How a learner uses the cores of a CPU.
+
+    lanes: 2 if policy and critic are computed at the same time
+    of: threads of each
+    compiled: whether they are compiled code's, or torch's
+    """
+
+    lanes: int = 1
+    of: int = 1
+    compiled: bool = False
+
+
+def share_threads(threads: int, *, shared: bool, activation: str) -> Threads:
+    """Have torch use as many threads of the CPU as suits its learner.
+
+    Compiled code shares rows out among threads that sleep when they have none, and takes up to 8. Torch's own share
+    out every single operation and spin while one of them waits for a core, so they are at most 4, in two `Lanes`
+    wherever there are two cores, and one core is left to the actors.
 
     Args:
-        threads: 0 takes all cores but one, which the actors need, and at most 4, as the products are small: torch's
-            threads spin while one of them waits for a core. It takes two lanes wherever there are two cores, since a
-            lane that waits does not.
+        threads: 0 chooses.
         shared: whether policy and critic share layers, so that there is one lane.
+        activation: of the policy and the critic.
     """
     cores = available_cores()
+    if encode_activations([activation, "identity"]) is not None:
+        torch.set_num_threads(1)
+        return Threads(1, min(threads, MAX_THREADS) or min(cores, 8), compiled=True)
     chosen = threads or max(1, min(4, cores - 1))
     lanes = 1 if shared or (threads or cores) == 1 else 2
-    torch.set_num_threads(max(1, chosen // lanes))
-    return lanes
+    each = max(1, chosen // lanes)
+    torch.set_num_threads(each)
+    return Threads(lanes, each)

@@ -74,9 +74,17 @@ class ActorCritic(nn.Module):
     """
 
     def __init__(
-        self, spec: PolicySpec, *, shared: bool, initial_log_std: float, threads: int = 1, compiled: bool = False
+        self, spec: PolicySpec, *, shared: bool, initial_log_std: float, lanes: int = 1, compiled: int = 0
     ) -> None:
-        """Make one; on a CPU it can be computed by ``threads`` at a time, and ``compiled``, see `Perceptron`."""
+        """Make one.
+
+        Args:
+            spec: of the policy.
+            shared: whether policy and critic share their hidden layers.
+            initial_log_std: of boxes.
+            lanes: 2 computes policy and critic at the same time, if they share nothing.
+            compiled: threads of compiled code, 0 for torch, see `Perceptron`.
+        """
         super().__init__()
         self.spec = spec
         self.shared = shared
@@ -87,10 +95,10 @@ class ActorCritic(nn.Module):
         self.critic = LayerParameters([sizes[-1], 1] if shared else [*sizes, 1], 1.0)
         self.distribution = ActionDistribution(spec)
         self.log_std = nn.Parameter(torch.full((spec.box_width,), float(initial_log_std))) if spec.box_width else None
-        self._lanes = Lanes(1 if shared else threads)
+        self._lanes = Lanes(1 if shared else lanes)
         self._flat: tuple[Flat, Flat] | None = None
         hidden = [spec.activation] * len(spec.hidden)
-        make = partial(Perceptron, compiled=compiled)
+        make = partial(Perceptron, threads=compiled)
         self._trunk = make(hidden, "policy") if shared and hidden else None
         if shared:
             reads = partial(make, depth=len(hidden), folded=spec.activation == "tanh" and bool(hidden))

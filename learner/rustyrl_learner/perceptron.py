@@ -120,7 +120,7 @@ class Perceptron:
     """
 
     def __init__(
-        self, activations: Sequence[str], lane: str, *, depth: int = 0, folded: bool = False, compiled: bool = False
+        self, activations: Sequence[str], lane: str, *, depth: int = 0, folded: bool = False, threads: int = 0
     ) -> None:
         """Make one.
 
@@ -129,12 +129,14 @@ class Perceptron:
             lane: its names in scratch memory, which those who compute after each other can share.
             depth: how many layers there are before it.
             folded: what goes in is, see `layer`; nothing is where it is compiled.
-            compiled: for float32 on a CPU by compiled code, if there is any and it knows these activations.
+            threads: for float32 on a CPU by compiled code in so many threads, if there is any and it knows these
+                activations; 0 for torch.
         """
         self._activations = list(activations)
         self._lane = lane
         self._depth = depth
-        self._codes = perceptron.encode_activations(activations) if compiled else None
+        self._codes = perceptron.encode_activations(activations) if threads else None
+        self._threads = threads
         self.compiled = self._codes is not None
         self._folded = [folded] + [activation == "tanh" for activation in self._activations[:-1]]
 
@@ -182,7 +184,9 @@ class Perceptron:
             dweights, dbiases = (tuple(part.numpy() for part in parts) for parts in zip(*into, strict=True))
             kept = tuple(out.numpy() for out in trace.kept)
             gradient = None if dx is None else dx.numpy()
-            perceptron.backward(dy.numpy(), x.numpy(), kept, weights, self._codes, dweights, dbiases, gradient)
+            perceptron.backward(
+                dy.numpy(), x.numpy(), kept, weights, self._codes, dweights, dbiases, gradient, self._threads
+            )
             return dx
         for index in reversed(range(len(layers))):
             x, activation, folded = trace.inputs[index], self._activations[index], self._folded[index]
@@ -196,7 +200,7 @@ class Perceptron:
     def _forward(self, codes: bytes, layers: Layers, x: Tensor, hidden: Sequence[Tensor | None], out: Tensor) -> None:
         weights, biases = (tuple(part.numpy() for part in parts) for parts in zip(*layers, strict=True))
         outs = tuple(None if kept is None else kept.numpy() for kept in (*hidden, out))
-        perceptron.forward(x.numpy(), weights, biases, codes, outs)
+        perceptron.forward(x.numpy(), weights, biases, codes, outs, self._threads)
 
     def _room(self, scratch: Scratch, index: int, x: Tensor, layers: Layers) -> Tensor:
         return scratch((self._lane, self._depth + index), x.shape[0], layers[index][0].shape[1], x)

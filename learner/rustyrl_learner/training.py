@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from rustyrl.errors import UsageError
 from rustyrl.spec import EnvironmentSpec
 from rustyrl.weights import encode_weights, policy_spec, read_policy
 from rustyrl_learner.adam import Adam
-from rustyrl_learner.device import share_threads
+from rustyrl_learner.device import Threads, share_threads
 from rustyrl_learner.network import ActorCritic, export_weights, import_weights
 from rustyrl_learner.normalizer import ObservationNormalizer, RewardNormalizer, ValueNormalizer
 
@@ -31,13 +32,17 @@ class Training:
         self.shuffle = torch.Generator().manual_seed(config.run.seed)
         policy = policy_spec(config.policy, spec)
         shared = config.policy.trunk == "shared"
-        lanes, compiled = 1, False
+        threads = Threads()
         if device.type == "cpu":
-            lanes = share_threads(config.run.threads, shared=shared)
-            compiled = torch.get_num_threads() == 1  # compiled code does not share its rows out
-        deviation = config.policy.initial_log_std
-        network = ActorCritic(policy, shared=shared, initial_log_std=deviation, threads=lanes, compiled=compiled)
-        self.threads = {"lanes": lanes, "of": torch.get_num_threads(), "compiled": network.compiled}
+            threads = share_threads(config.run.threads, shared=shared, activation=policy.activation)
+        network = ActorCritic(
+            policy,
+            shared=shared,
+            initial_log_std=config.policy.initial_log_std,
+            lanes=threads.lanes,
+            compiled=threads.of if threads.compiled else 0,
+        )
+        self.threads = asdict(threads)
         self.network = network.to(device)
         self.normalizer: ObservationNormalizer | None = None
         if config.policy.normalize:
