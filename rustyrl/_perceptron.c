@@ -34,6 +34,7 @@ enum { LANE = 8, PANEL = 16, ROWS = 6, TILE = 48 }; /* ROWS x PANEL numbers are 
 enum { IDENTITY, RELU, TANH, ACTIVATIONS };
 enum { MAX_LAYERS = 32, MAX_THREADS = 64 };
 enum { PIECES = 16, MIN_PIECE = 96, MAX_PARTIAL = 1 << 22 }; /* of rows, and of numbers in gradients of pieces */
+enum { WORTH_SHARING = 1 << 22 }; /* products: a tenth of a millisecond of them; to wake somebody up takes a part of it */
 
 /* Numbers that are not side by side: that of row r and column c is at[r * row + c * column]. */
 typedef struct {
@@ -394,6 +395,8 @@ static void lock_pool(void)
 static void do_work(Work *work, size threads)
 {
     size helpers = least(threads, work->pieces) - 1;
+    if (work->x.rows * work->parameters < WORTH_SHARING)
+        helpers = 0;
     int ours = 0;
     if (helpers > 0) {
         lock_pool();

@@ -58,11 +58,11 @@ class Flat:
             start = stop
         self.log_std = self.views.get("log_std")
         trunk, head, self.critic = map(self._layers, ("trunk", "policy_head", "critic"))
-        self.trunk, self.policy = (trunk, head) if network.shared else ([], [*trunk, *head])
+        self.trunk, self.policy = (trunk, head) if network.shared else (Layers(), Layers([*trunk, *head]))
 
     def _layers(self, part: str) -> Layers:
         count = sum(name.startswith(f"{part}.weights.") for name in self.views)
-        return [(self.views[f"{part}.weights.{i}"], self.views[f"{part}.biases.{i}"]) for i in range(count)]
+        return Layers((self.views[f"{part}.weights.{i}"], self.views[f"{part}.biases.{i}"]) for i in range(count))
 
 
 class ActorCritic(nn.Module):

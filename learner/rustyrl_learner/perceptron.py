@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rustyrl import perceptron
@@ -15,7 +18,16 @@ __all__ = ["Layers", "Perceptron", "Trace", "input_gradient", "layer", "layer_gr
 
 NARROW = 16  # outputs below which a product is computed transposed
 PIECE = 2048  # rows that are computed at a time where there are no gradients
-Layers = list[tuple[Tensor, Tensor]]  # weight and bias of each
+Floats = NDArray[np.float32]
+
+
+class Layers(list[tuple[Tensor, Tensor]]):
+    """Weight `[in, out]` and bias `[out]` of each layer, or their gradients."""
+
+    @cached_property
+    def arrays(self) -> tuple[tuple[Floats, ...], tuple[Floats, ...]]:
+        """The same memory as compiled code reads it: all weights, and all biases."""
+        return tuple(weight.numpy() for weight, _ in self), tuple(bias.numpy() for _, bias in self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +192,7 @@ class Perceptron:
         if self._codes is not None:
             x = trace.inputs[0]
             dx = scratch((self._lane, "gradient"), x.shape[0], x.shape[1], x) if onward else None
-            weights = tuple(weight.numpy() for weight, _ in layers)
-            dweights, dbiases = (tuple(part.numpy() for part in parts) for parts in zip(*into, strict=True))
+            weights, (dweights, dbiases) = layers.arrays[0], into.arrays
             kept = tuple(out.numpy() for out in trace.kept)
             gradient = None if dx is None else dx.numpy()
             perceptron.backward(
@@ -198,7 +209,7 @@ class Perceptron:
         return dy if onward else None
 
     def _forward(self, codes: bytes, layers: Layers, x: Tensor, hidden: Sequence[Tensor | None], out: Tensor) -> None:
-        weights, biases = (tuple(part.numpy() for part in parts) for parts in zip(*layers, strict=True))
+        weights, biases = layers.arrays
         outs = tuple(None if kept is None else kept.numpy() for kept in (*hidden, out))
         perceptron.forward(x.numpy(), weights, biases, codes, outs, self._threads)
 

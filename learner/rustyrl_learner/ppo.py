@@ -132,9 +132,9 @@ def clip_fraction(ratio: Tensor, clip: float) -> Tensor:
 
 
 def policy_gradient(ratio: Tensor, importance: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """`[N]`: `policy_loss`, before it is averaged, by the log-probability of each action."""
+    """`[N]`: `policy_loss`, before it is negated and averaged, by the log-probability of each action."""
     gain, limit = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
-    return gain.masked_fill(gain > limit, 0.0).mul_(importance).neg_()  # where this is nan, the loss is, too
+    return gain.masked_fill(gain > limit, 0.0).mul_(importance)  # where this is nan, the loss is, too
 
 
 def value_gradient(value: Tensor, old_value: Tensor, target: Tensor, clip: float) -> Tensor:
@@ -188,7 +188,7 @@ def ppo_update(
                 first_ratio_error = (result.log_prob - part.behavior_log_prob).exp().sub(1).abs().max().item()
             if device.type == "cpu" or stop == count:  # to look at a number waits for the device
                 _check_finite(network, part, weight, result, config)
-            gradient.mul_((config.max_gradient_norm / (result.gradient_norm + 1e-6)).clamp_(max=1.0))
+            _clip(gradient, result.gradient_norm, config.max_gradient_norm)
             optimizer.step(learning_rate)
             seen.append(result)
             on_minibatch()
@@ -244,7 +244,7 @@ def minibatch_gradient(network: ActorCritic, rows: TrainingBatch, importance: Te
         log_prob, entropy, kept = distribution.trace(outputs, parameters.log_std, rows.action, rows.action_mask)
         seen["log_prob"], seen["entropy"] = log_prob, entropy.mean()
         ratio = (log_prob - rows.proximal_log_prob).exp_()
-        dlog_prob = policy_gradient(ratio, importance, advantage, config.clip).div_(count)
+        dlog_prob = policy_gradient(ratio, importance, advantage, config.clip).div_(-count)
         return distribution.backward(kept, dlog_prob, -config.entropy / count, into.log_std)
 
     def by_value(value: Tensor) -> Tensor:
@@ -254,6 +254,14 @@ def minibatch_gradient(network: ActorCritic, rows: TrainingBatch, importance: Te
 
     network.take_gradient(rows.observation, by_outputs, by_value)
     return Minibatch(advantage, **seen, gradient_norm=torch.linalg.vector_norm(into.tensor))
+
+
+def _clip(gradient: Tensor, norm: Tensor, largest: float) -> None:
+    """Scale a gradient whose norm is too large; on a CPU by a number, elsewhere without looking at it."""
+    if gradient.device.type != "cpu":
+        gradient.mul_((largest / (norm + 1e-6)).clamp_(max=1.0))
+    elif (scale := largest / (norm.item() + 1e-6)) < 1:
+        gradient.mul_(scale)
 
 
 # What an epoch comes to, in the order of `Losses`.
