@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -679,19 +680,24 @@ def send_copies(peer: Peer, batch: int, *, but: int = -1) -> None:
         peer.link.send(*((WorldState(world, 0, 0, ()), b"") if world == but else (state, blob)))
 
 
-def one_batch(thread: Collector, *peers: Peer) -> None:
-    """The first batch comes in, and is not answered yet."""
-    for peer in peers:
-        peer.answer(peer.ticket())
-    assert thread.next_batch(10.0) is not None
+@contextmanager
+def one_batch(thread: Collector, receiver: RolloutReceiver, actors: int = 1) -> Iterator[list[Peer]]:
+    """So many actors, whose first batch came in and is not answered yet."""
+    with ExitStack() as stack:
+        peers = [Peer(receiver.address, index, index + 1) for index in range(actors)]
+        for peer in peers:
+            stack.enter_context(peer.link)
+        for peer in peers:
+            peer.ready()
+        for peer in peers:
+            peer.answer(peer.ticket())
+        assert thread.next_batch(10.0) is not None
+        yield peers
 
 
 def test_all_worlds_are_copied_by_their_owners(collector):
     thread, receiver = collector
-    peer = Peer(receiver.address, 0, 1)
-    with peer.link:
-        peer.ready()
-        one_batch(thread, peer)
+    with one_batch(thread, receiver) as (peer,):
         gathering = thread.gather(1)
         send_copies(peer, 1)
         assert gathering.done.wait(10.0)
@@ -700,10 +706,7 @@ def test_all_worlds_are_copied_by_their_owners(collector):
 
 def test_a_world_without_a_state_is_not_waited_for(collector):
     thread, receiver = collector
-    peer = Peer(receiver.address, 0, 1)
-    with peer.link:
-        peer.ready()
-        one_batch(thread, peer)
+    with one_batch(thread, receiver) as (peer,):
         gathering = thread.gather(1)
         send_copies(peer, 1, but=0)
         assert gathering.done.wait(10.0)
@@ -714,11 +717,7 @@ def test_the_worlds_of_an_actor_that_dies_are_not_waited_for(tmp_path):
     receiver = RolloutReceiver(f"ipc://{tmp_path}/link")
     thread = Collector(receiver, SPEC, CONFIG, 0, 2, 0, WEIGHTS, pin=False)
     thread.start()
-    first, second = (Peer(receiver.address, index, index + 1) for index in range(2))
-    with first.link, second.link:
-        first.ready()
-        second.ready()
-        one_batch(thread, first, second)
+    with one_batch(thread, receiver, actors=2) as (first, second):
         gathering = thread.gather(1)
         send_copies(first, 1)
         assert second.next(Snapshot).worlds == (1,)
@@ -746,10 +745,7 @@ def test_a_copy_of_another_batch_or_from_another_actor_is_not_taken() -> None:
 
 def test_when_the_receive_thread_breaks_nobody_waits_for_copies(patient, monkeypatch):
     thread, receiver = patient
-    peer = Peer(receiver.address, 0, 1)
-    with peer.link:
-        peer.ready()
-        one_batch(thread, peer)
+    with one_batch(thread, receiver) as (peer,):
         gathering = thread.gather(1)
         peer.next(Snapshot)
         monkeypatch.setattr(thread, "_check_start", lambda _: 1 / 0)

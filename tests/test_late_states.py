@@ -61,10 +61,7 @@ def test_peers_that_never_answer_are_forgotten():
 
 def test_copies_that_come_after_they_were_given_up_are_no_flood_but_more_of_them_are(tmp_path):
     thread, receiver = begin(tmp_path)
-    peer = Peer(receiver.address, 0, 1)
-    with peer.link:
-        peer.ready()
-        one_batch(thread, peer)
+    with one_batch(thread, receiver) as (peer,):
         assert thread.gather(1).end() is None  # at once
         turn(thread)
         again = thread.gather(1)
@@ -131,11 +128,7 @@ def test_what_was_asked_for_before_the_learner_died_is_no_flood_for_the_next(tmp
 
 def test_who_sends_a_broken_state_is_sent_away_and_the_worlds_of_others_are_kept(tmp_path):
     thread, receiver = begin(tmp_path, expect=2)
-    evil, honest = (Peer(receiver.address, index, index + 1) for index in range(2))
-    with evil.link, honest.link:
-        evil.ready()
-        honest.ready()
-        one_batch(thread, evil, honest)
+    with one_batch(thread, receiver, actors=2) as (evil, honest):
         gathering = thread.gather(1)
         (world,) = evil.next(Snapshot).worlds
         state, blob = kept(world, 1)
@@ -151,10 +144,7 @@ def test_who_sends_a_broken_state_is_sent_away_and_the_worlds_of_others_are_kept
 
 def test_a_truth_value_that_is_none_is_a_broken_state(tmp_path):
     thread, receiver = begin(tmp_path)
-    evil = Peer(receiver.address, 0, 1)
-    with evil.link:
-        evil.ready()
-        one_batch(thread, evil)
+    with one_batch(thread, receiver) as (evil,):
         thread.gather(1)
         evil.next(Snapshot)
         state, _ = encode_world_state(0, 1, 0, {"flag": np.array([True])})
