@@ -1,4 +1,4 @@
-"""Compiles rustyrl/_perceptron.c while a wheel is built, an editable one too, if there is a C compiler."""
+"""Compiles rustyrl/c while a wheel is built, an editable one too, if there is a C compiler."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from setuptools import Distribution, Extension
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
-SOURCE = "rustyrl/_perceptron.c"
+SOURCE = "rustyrl/c/perceptron.c"
 # Products and sums may become one instruction, and comparisons need not trap; what is not a number stays so.
-FLAGS = ["-O3", "-ffp-contract=fast", "-fno-trapping-math", "-fno-math-errno"]
+FLAGS = ["-O3", "-g0", "-ffp-contract=fast", "-fno-trapping-math", "-fno-math-errno"]
 
 
 class CompilePerceptron(BuildHookInterface):  # type: ignore[type-arg]

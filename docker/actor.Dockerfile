@@ -2,7 +2,7 @@
 #   docker build -f docker/actor.Dockerfile -t rustyrl-actor .
 # Another base needs Python (constraints.txt is resolved for 3.11) with pip, installing into /usr/local, and useradd.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
-# Has a C compiler, for rustyrl/_perceptron.c; from a base without one the image works, and computes networks more slowly.
+# Has a C compiler, for rustyrl/c; from a base without one the image works, and computes networks more slowly.
 ARG BUILD_IMAGE=python:3.11-bookworm
 
 FROM ${BUILD_IMAGE} AS build

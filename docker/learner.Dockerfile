@@ -3,7 +3,7 @@
 # PyPI's torch brings its own CUDA libraries, so a base of nvidia/cuda would hold them twice. The host provides the driver and
 # the NVIDIA Container Toolkit. Another base needs what actor.Dockerfile says.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
-# Has a C compiler, for rustyrl/_perceptron.c; from a base without one the image works, and computes networks more slowly.
+# Has a C compiler, for rustyrl/c; from a base without one the image works, and computes networks more slowly.
 ARG BUILD_IMAGE=python:3.11-bookworm
 
 FROM ${BUILD_IMAGE} AS build

@@ -13,15 +13,15 @@ def forward(
     threads: int,
     /,
 ) -> None: ...
-def backward(
-    dout: Floats,
-    x: Floats,
+def ppo_gradient(
+    parameters: Floats,
+    gradient: Floats,
+    layers: NDArray[Any],
+    blocks: NDArray[Any],
+    quadrature: Floats,
+    rows: tuple[Floats | None, ...],
     outs: tuple[Floats | None, ...],
-    weights: tuple[Floats, ...],
-    activations: bytes,
-    dweights: tuple[Floats, ...],
-    dbiases: tuple[Floats, ...],
-    dx: Floats | None,
+    numbers: tuple[float, ...],
     threads: int,
     /,
 ) -> None: ...

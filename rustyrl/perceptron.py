@@ -1,7 +1,7 @@
-"""Small perceptrons on a CPU, compiled: of a policy in an actor and of the networks in a learner.
+"""Small perceptrons on a CPU, compiled: what networks say, and the gradient of a learner's whole loss.
 
-`_perceptron.c` is compiled while rustyrl is installed, if there is a C compiler. Without one, or on a processor that it
-is not made for, numpy and torch compute the same, more slowly; ``rustyrl doctor`` says which.
+`c/perceptron.c` is compiled while rustyrl is installed, if there is a C compiler. Without one, or on a processor
+that it is not made for, numpy and torch compute the same, more slowly; ``rustyrl doctor`` says which.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-__all__ = ["COMPILED", "MAX_THREADS", "OFF_VARIABLE", "PROBLEM", "backward", "encode_activations", "forward"]
+__all__ = ["ACTIVATIONS", "COMPILED", "MAX_THREADS", "OFF_VARIABLE", "PROBLEM"]
+__all__ += ["encode_activations", "forward", "ppo_gradient"]
 
-ACTIVATIONS = {"identity": 0, "relu": 1, "tanh": 2}  # as in _perceptron.c
+ACTIVATIONS = {"identity": 0, "relu": 1, "tanh": 2}  # as in c/layers.h
 MAX_THREADS = 64
+MAX_LAYERS = 64  # of all networks together
 OFF_VARIABLE = "RUSTYRL_COMPILED"  # 0 switches it off, to compare with
 
 PROBLEM = ""  # why there is none
 try:
-    from rustyrl._perceptron import backward, forward, supported
+    from rustyrl._perceptron import forward, ppo_gradient, supported
 except ImportError as error:
     PROBLEM = f"not compiled when rustyrl was installed: {error}"
 else:
@@ -29,6 +31,8 @@ COMPILED = not PROBLEM
 
 
 def encode_activations(activations: Iterable[str]) -> bytes | None:
-    """The activations of the layers as `forward` and `backward` read them; None if they cannot be computed here."""
+    """The activations of a network's layers as `forward` reads them; None if it cannot be computed here."""
     names = list(activations)
-    return bytes(ACTIVATIONS[name] for name in names) if COMPILED and ACTIVATIONS.keys() >= set(names) else None
+    if not COMPILED or not ACTIVATIONS.keys() >= set(names) or len(names) > MAX_LAYERS // 2:
+        return None
+    return bytes(ACTIVATIONS[name] for name in names)

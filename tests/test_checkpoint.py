@@ -28,7 +28,8 @@ from rustyrl_learner.checkpoint import Counters, list_checkpoints, load_newest, 
 from rustyrl_learner.checkpoint_keeper import describe_resume
 from rustyrl_learner.gathering import KeptWorld
 from rustyrl_learner.network import ActorCritic
-from rustyrl_learner.ppo import TrainingBatch, ppo_update
+from rustyrl_learner.ppo import ppo_update
+from rustyrl_learner.rows import TrainingBatch
 from rustyrl_learner.training import Training as WholeTraining
 
 FINGERPRINT = "0123456789abcdef"

@@ -146,15 +146,14 @@ def gradient_of(network: ActorCritic, x: Tensor, doutputs: Tensor, dvalue: Tenso
     return {name: p.grad for name, p in network.named_parameters() if p.grad is not None and name != "log_std"}
 
 
-@pytest.mark.parametrize("compiled", [0, 1, 2])
 @pytest.mark.parametrize("rows", [9, 1500])
 @pytest.mark.parametrize("hidden", [(), (24,), (32, 24)])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("activation", ["tanh", "relu", "elu", "silu"])
 def test_the_gradient_is_that_of_autograd_through_the_literal_perceptrons(
-    activation: Any, shared: bool, hidden: tuple[int, ...], rows: int, compiled: int
+    activation: Any, shared: bool, hidden: tuple[int, ...], rows: int
 ) -> None:
-    network = network_of(policy_spec(hidden=hidden, activation=activation), shared=shared, compiled=compiled)
+    network = network_of(policy_spec(hidden=hidden, activation=activation), shared=shared)
     generator = torch.Generator().manual_seed(1)
     x, doutputs, dvalue = (torch.randn(shape, generator=generator) for shape in [(rows, 7), (rows, 3), (rows,)])
     found = gradient_of(network, x, doutputs, dvalue)

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rustyrl import perceptron as compiled_code
 from rustyrl.config import PPOConfig
 from rustyrl.spec import ActionSpec, ArraySpec
 from rustyrl.weights import PolicySpec
 from rustyrl_actors.inference import Policy
+from rustyrl_learner import ppo
 from rustyrl_learner.network import SPLIT, ActorCritic, export_weights
-from rustyrl_learner.ppo import Losses, TrainingBatch, kl_estimate, policy_loss, ppo_update, value_loss
+from rustyrl_learner.ppo import Losses, kl_estimate, policy_loss, ppo_update, value_loss
+from rustyrl_learner.rows import Minibatch, TrainingBatch
 
 WIDTH = 5
 ACTIONS = {
@@ -39,6 +42,15 @@ PLAIN = PPOConfig(
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+threads = {"compiled": 0}  # of compiled code in the networks that `network_of` makes
+
+
+@pytest.fixture(autouse=True, params=[0, 2], ids=["torch", "compiled"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds for both."""
+    if request.param and not compiled_code.COMPILED:
+        pytest.skip(compiled_code.PROBLEM)
+    monkeypatch.setitem(threads, "compiled", request.param)
 
 
 def with_config(**changes: Any) -> PPOConfig:
@@ -52,13 +64,14 @@ def network_of(
     shared: bool = False,
     seed: int = 0,
     lanes: int = 1,
-    compiled: int = 0,
+    compiled: int | None = None,
 ) -> ActorCritic:
     """A network whose policy is far from flat, so that a wrong gradient shows."""
     observation = (ArraySpec("main", (WIDTH,), "float32"),)
     box: Literal["clipped", "squashed"] = "squashed" if kind == "squashed" else "clipped"
     spec = PolicySpec(observation, (ACTIONS[kind],), (24, 8), activation, normalize=False, box=box)
     torch.manual_seed(seed)
+    compiled = threads["compiled"] if compiled is None else compiled
     network = ActorCritic(spec, shared=shared, initial_log_std=-0.3, lanes=lanes, compiled=compiled)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -406,20 +419,20 @@ def test_a_minibatch_normalizes_its_own_advantages() -> None:
     assert update(network_of(), other, without).policy_loss != pytest.approx(first.policy_loss, rel=0.5)
 
 
-def test_advantages_are_normalized_per_minibatch_and_not_over_the_batch() -> None:
+def test_advantages_are_normalized_per_minibatch_and_not_over_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """With rate 0 the policy stands still: the loss is then the mean over minibatches of their literal losses."""
     network = network_of()
     batch = batch_of(network, 40)
     batch.advantage[:10] += 50  # no two minibatches agree on the mean
     config = with_config(minibatch_size=10, entropy=0.0)
     seen: list[Tensor] = []
-    inner = network.take_gradient
+    inner = ppo.minibatch_gradient
 
-    def watched(x: Tensor, *by: Any) -> None:
-        seen.append(x)
-        inner(x, *by)
+    def watched(network: ActorCritic, rows: TrainingBatch, *others: Any) -> Minibatch:
+        seen.append(rows.observation)
+        return inner(network, rows, *others)
 
-    network.take_gradient = watched  # type: ignore[method-assign]
+    monkeypatch.setattr(ppo, "minibatch_gradient", watched)
     losses = update(network, batch, config, 0.0, plain_descent=True)
     assert [len(x) for x in seen] == [10] * 4
     rows = [torch.tensor([int((batch.observation == row).all(1).nonzero()) for row in x]) for x in seen]
@@ -595,7 +608,7 @@ def test_a_nan_in_a_later_minibatch_keeps_the_steps_before_it() -> None:
 
 
 def test_a_gradient_that_is_not_finite_is_named_by_its_parameter() -> None:
-    network = network_of()
+    network = network_of(compiled=0)
     batch = batch_of(network)
     inner = network.take_gradient
 

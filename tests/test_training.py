@@ -8,7 +8,8 @@ import torch
 from rustyrl.config import build_config
 from rustyrl.errors import UsageError
 from rustyrl.spec import ActionSpec, ArraySpec, EnvironmentSpec
-from rustyrl_learner.ppo import TrainingBatch, ppo_update
+from rustyrl_learner.ppo import ppo_update
+from rustyrl_learner.rows import TrainingBatch
 from rustyrl_learner.training import Training
 
 SPEC = EnvironmentSpec(

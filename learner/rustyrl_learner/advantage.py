@@ -12,7 +12,7 @@ from rustyrl_learner.batch import Batch
 from rustyrl_learner.gae import gae, next_values
 from rustyrl_learner.network import ActorCritic
 from rustyrl_learner.normalizer import ObservationNormalizer, RewardNormalizer, ValueNormalizer
-from rustyrl_learner.ppo import TrainingBatch
+from rustyrl_learner.rows import TrainingBatch
 from rustyrl_learner.vtrace import vtrace
 
 __all__ = ["batch_figures", "training_batch", "uses_vtrace"]

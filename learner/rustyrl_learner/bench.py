@@ -13,7 +13,8 @@ from rustyrl.windows import make_part
 from rustyrl_learner.advantage import training_batch, uses_vtrace
 from rustyrl_learner.batch import Batch
 from rustyrl_learner.device import choose_device
-from rustyrl_learner.ppo import TrainingBatch, ppo_update
+from rustyrl_learner.ppo import ppo_update
+from rustyrl_learner.rows import TrainingBatch
 from rustyrl_learner.training import Training
 
 __all__ = ["measure_learner"]

@@ -53,13 +53,13 @@ def squash_entropy(mean: Tensor, log_std: Tensor, points: int = QUADRATURE_POINT
 
     There is no closed form; Gauss-Hermite quadrature in each dimension gives it without noise.
     """
-    nodes, weights = _quadrature(points, mean.dtype, mean.device)
+    nodes, weights = quadrature(mean.dtype, mean.device, points)
     raw = mean[..., None] + log_std.exp()[:, None] * nodes
     return (squash_log_derivative(raw) @ weights).sum(-1)
 
 
 @lru_cache
-def _quadrature(points: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def quadrature(dtype: torch.dtype, device: torch.device, points: int = QUADRATURE_POINTS) -> tuple[Tensor, Tensor]:
     """Nodes and weights of the expectation under a standard normal."""
     node, weight = np.polynomial.hermite_e.hermegauss(points)
     nodes = torch.as_tensor(node, dtype=dtype, device=device)
@@ -107,21 +107,27 @@ class ChoiceTrace:
 
 
 class ActionDistribution:
-    """What a policy's outputs mean as a distribution over its whole action: a product over the blocks of its parts."""
+    """What a policy's outputs mean as a distribution over its whole action: a product over the blocks of its parts.
+
+    blocks: of the action, each box with where its deviations are in log_std
+    squashed: whether boxes are
+    log_half: the log of the half widths of squashed boxes, summed
+    """
 
     def __init__(self, spec: PolicySpec) -> None:
-        self._blocks = action_blocks(spec.action)
-        self._squashed = spec.box == "squashed"
-        self._deviation: dict[int, slice] = {}  # of log_std, by block
-        self._log_half: dict[int, float] = {}  # log of the half widths of a squashed box, summed
+        self.blocks: list[tuple[ActionBlock, slice | None]] = []
+        self.squashed = spec.box == "squashed"
+        self.log_half = 0.0
         start = 0
-        for index, block in enumerate(self._blocks):
+        for block in action_blocks(spec.action):
+            deviations = None
             if block.kind == "box":
-                self._deviation[index] = slice(start, start + block.groups)
+                deviations = slice(start, start + block.groups)
                 start += block.groups
                 part = spec.action[block.part]
                 half = (np.array(part.high, np.float32) - np.array(part.low, np.float32)) * np.float32(0.5)
-                self._log_half[index] = float(np.log(half).sum()) if self._squashed else 0.0
+                self.log_half += float(np.log(half).sum()) if self.squashed else 0.0
+            self.blocks.append((block, deviations))
 
     def log_prob(self, outputs: Tensor, log_std: Tensor | None, action: Tensor, mask: Tensor | None) -> Tensor:
         """Log-probability `[N]` of raw actions.
@@ -133,17 +139,16 @@ class ActionDistribution:
             mask: `[N, M]` bool, the masks of the masked parts joined; None without any.
         """
         terms = []
-        for index, block in enumerate(self._blocks):
+        for block, deviations in self.blocks:
             part = action[:, block.column]
-            if block.kind == "box":
-                deviation = _present(log_std)[self._deviation[index]]
-                term = box_log_prob(outputs[:, block.output], deviation, part)
-                if self._squashed:
-                    term = term - squash_log_derivative(part).sum(-1) - self._log_half[index]
+            if deviations is not None:
+                term = box_log_prob(outputs[:, block.output], _present(log_std)[deviations], part)
+                if self.squashed:
+                    term = term - squash_log_derivative(part).sum(-1)
             else:
                 term = choice_log_prob(_logits(outputs, block, mask), part.long())
             terms.append(term)
-        return _sum(terms)
+        return _sum(terms) - self.log_half
 
     def trace(
         self, outputs: Tensor, log_std: Tensor | None, action: Tensor, mask: Tensor | None
@@ -154,16 +159,16 @@ class ActionDistribution:
         takes a tenth of the time.
         """
         log_probs, entropies, traces = [], [], list[BoxTrace | ChoiceTrace]()
-        for index, block in enumerate(self._blocks):
+        for block, deviations in self.blocks:
             output, part = outputs[:, block.output].T, action[:, block.column].T
-            if block.kind == "box":
-                deviation = _present(log_std)[self._deviation[index]]
+            if deviations is not None:
+                deviation = _present(log_std)[deviations]
                 scaled = (part - output) * torch.exp(-deviation)[:, None]
                 log_prob = -0.5 * scaled.square().sum(0) - (deviation.sum() + 0.5 * LOG_2_PI * len(deviation))
                 entropy = box_entropy(deviation)
-                if self._squashed:
-                    log_prob = log_prob - squash_log_derivative(part).sum(0) - self._log_half[index]
-                    entropy = entropy + squash_entropy(output.T, deviation) + self._log_half[index]
+                if self.squashed:
+                    log_prob = log_prob - squash_log_derivative(part).sum(0)
+                    entropy = entropy + squash_entropy(output.T, deviation)
                 traces.append(BoxTrace(scaled, deviation, output))
             else:
                 if block.mask is not None:
@@ -175,7 +180,7 @@ class ActionDistribution:
                 traces.append(ChoiceTrace(odds, log_odds, chosen, of_each))
             log_probs.append(log_prob)
             entropies.append(entropy)
-        return _sum(log_probs), _sum(entropies), traces
+        return _sum(log_probs) - self.log_half, _sum(entropies) + self.log_half, traces
 
     def backward(
         self, traces: Sequence[BoxTrace | ChoiceTrace], dlog_prob: Tensor, dentropy: float, dlog_std: Tensor | None
@@ -189,10 +194,10 @@ class ActionDistribution:
             dlog_std: `[boxes]`, written: the gradient of the deviations' logarithms.
         """
         parts = []
-        for index, trace in enumerate(traces):
+        for trace, (_, deviations) in zip(traces, self.blocks, strict=True):
             if isinstance(trace, BoxTrace):
-                doutput, ddeviation = _box_gradient(trace, dlog_prob, dentropy, squashed=self._squashed)
-                _present(dlog_std)[self._deviation[index]] = ddeviation
+                doutput, ddeviation = _box_gradient(trace, dlog_prob, dentropy, squashed=self.squashed)
+                _present(dlog_std)[deviations] = ddeviation
             else:
                 doutput = _choice_gradient(trace, dlog_prob, dentropy)
             parts.append(doutput)
@@ -201,16 +206,16 @@ class ActionDistribution:
     def entropy(self, outputs: Tensor, log_std: Tensor | None, mask: Tensor | None) -> Tensor:
         """Entropy in nats, `[N]`, or `[]` where it is the same for every row; arguments as of `log_prob`."""
         terms = []
-        for index, block in enumerate(self._blocks):
-            if block.kind == "box":
-                deviation = _present(log_std)[self._deviation[index]]
+        for block, deviations in self.blocks:
+            if deviations is not None:
+                deviation = _present(log_std)[deviations]
                 term = box_entropy(deviation)
-                if self._squashed:
-                    term = term + squash_entropy(outputs[:, block.output], deviation) + self._log_half[index]
+                if self.squashed:
+                    term = term + squash_entropy(outputs[:, block.output], deviation)
             else:
                 term = choice_entropy(_logits(outputs, block, mask))
             terms.append(term)
-        return _sum(terms)
+        return _sum(terms) + self.log_half
 
 
 def _box_gradient(trace: BoxTrace, dlog_prob: Tensor, dentropy: float, *, squashed: bool) -> tuple[Tensor, Tensor]:
@@ -219,7 +224,7 @@ def _box_gradient(trace: BoxTrace, dlog_prob: Tensor, dentropy: float, *, squash
     dmean = scaled * (dlog_prob * torch.exp(-deviation)[:, None])
     ddeviation = (scaled.square() - 1) @ dlog_prob + dentropy * scaled.shape[1]
     if squashed and dentropy:  # the slope of log(1 - tanh(u)^2) is -2 tanh(u), with u = mean + deviation * node
-        nodes, weights = _quadrature(QUADRATURE_POINTS, scaled.dtype, scaled.device)
+        nodes, weights = quadrature(scaled.dtype, scaled.device)
         spread = deviation.exp()[:, None] * nodes  # [A, points]
         slope = -2 * dentropy * torch.tanh(trace.mean[..., None] + spread[:, None]) * weights
         dmean = dmean + slope.sum(-1)

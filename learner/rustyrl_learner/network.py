@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rustyrl.perceptron import encode_activations
 from rustyrl.weights import PolicySpec, Weights
+from rustyrl_learner.compiled import CompiledGradient
 from rustyrl_learner.distribution import ActionDistribution
 from rustyrl_learner.lanes import Lanes, Scratch
 from rustyrl_learner.normalizer import ObservationNormalizer
@@ -83,7 +85,7 @@ class ActorCritic(nn.Module):
             shared: whether policy and critic share their hidden layers.
             initial_log_std: of boxes.
             lanes: 2 computes policy and critic at the same time, if they share nothing.
-            compiled: threads of compiled code, 0 for torch, see `Perceptron`.
+            compiled: threads of compiled code, if it knows these networks; 0 for torch.
         """
         super().__init__()
         self.spec = spec
@@ -98,18 +100,15 @@ class ActorCritic(nn.Module):
         self._lanes = Lanes(1 if shared else lanes)
         self._flat: tuple[Flat, Flat] | None = None
         hidden = [spec.activation] * len(spec.hidden)
-        make = partial(Perceptron, threads=compiled)
+        self._threads = compiled if encode_activations([*hidden, "identity"]) is not None else 0
+        self.compiled: CompiledGradient | None = None  # of the whole loss, once the parameters lie where they stay
+        make = partial(Perceptron, threads=self._threads)
         self._trunk = make(hidden, "policy") if shared and hidden else None
         if shared:
             reads = partial(make, depth=len(hidden), folded=spec.activation == "tanh" and bool(hidden))
             self._policy, self._critic = reads(["identity"], "policy"), reads(["identity"], "critic")
         else:
             self._policy, self._critic = (make([*hidden, "identity"], lane) for lane in ("policy", "critic"))
-
-    @property
-    def compiled(self) -> bool:
-        """Whether compiled code computes all of it."""
-        return all(part.compiled for part in (self._trunk, self._policy, self._critic) if part is not None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and means `[N, outputs]` and values `[N]`."""
@@ -125,6 +124,8 @@ class ActorCritic(nn.Module):
             self._flat = Flat(self, block), Flat(self, torch.zeros_like(block))
             for name, parameter in self.named_parameters():
                 parameter.data, parameter.grad = (flat.views[name] for flat in self._flat)
+            if self._threads:
+                self.compiled = CompiledGradient(self.distribution, self.spec.activation, *self._flat, self._threads)
         return self._flat
 
     @torch.no_grad()

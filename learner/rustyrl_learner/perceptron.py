@@ -127,8 +127,9 @@ def _activation_gradient(grad: Tensor, kept: Tensor, activation: str) -> Tensor:
 class Perceptron:
     """What layers compute one after the other, and its gradient; it holds no parameters.
 
-    Hand-derived, since networks are nothing but layers: autograd takes two to three times as long. Compiled, all
-    layers are computed for a few rows at a time, see `rustyrl.perceptron`.
+    Hand-derived, since networks are nothing but layers: autograd takes two to three times as long. Where no gradient
+    is asked for, all layers may be computed for a few rows at a time by compiled code, see `rustyrl.perceptron`; with
+    a gradient it computes the whole loss, see `rustyrl_learner.compiled`.
     """
 
     def __init__(
@@ -140,23 +141,22 @@ class Perceptron:
             activations: of its layers.
             lane: its names in scratch memory, which those who compute after each other can share.
             depth: how many layers there are before it.
-            folded: what goes in is, see `layer`; nothing is where it is compiled.
-            threads: for float32 on a CPU by compiled code in so many threads, if there is any and it knows these
-                activations; 0 for torch.
+            folded: what goes in is, see `layer`; nothing is where `apply` is compiled.
+            threads: of compiled code, which must know the activations; 0 for torch.
         """
         self._activations = list(activations)
         self._lane = lane
         self._depth = depth
         self._codes = perceptron.encode_activations(activations) if threads else None
         self._threads = threads
-        self.compiled = self._codes is not None
         self._folded = [folded] + [activation == "tanh" for activation in self._activations[:-1]]
 
     def apply(self, layers: Layers, x: Tensor) -> Tensor:
         """`[N, in]` to `[N, out]`, keeping nothing."""
         if self._codes is not None:
-            out = _new_outputs(x, layers)
-            self._forward(self._codes, layers, x, [None] * (len(layers) - 1), out)
+            out = x.new_empty(x.shape[0], layers[-1][0].shape[1])
+            outs = (*[None] * (len(layers) - 1), out.numpy())
+            perceptron.forward(x.numpy(), *layers.arrays, self._codes, outs, self._threads)
             return out
         # So many rows at a time that what is between the layers stays in a CPU's cache.
         scratch, count = Scratch(), x.shape[0]
@@ -167,12 +167,6 @@ class Perceptron:
 
     def trace(self, layers: Layers, x: Tensor, scratch: Scratch) -> tuple[Tensor, Trace]:
         """`[N, in]` to `[N, out]`, and what `backward` needs; what comes out of an activation is in the scratch."""
-        if self._codes is not None:
-            hidden = [self._room(scratch, index, x, layers) for index in range(len(layers) - 1)]
-            lasting = self._activations[-1] == "identity"
-            out = _new_outputs(x, layers) if lasting else self._room(scratch, len(layers) - 1, x, layers)
-            self._forward(self._codes, layers, x, hidden, out)
-            return out, Trace([x, *hidden], [*hidden, out])
         trace = Trace([], [])
         for index, ((weight, bias), activation) in enumerate(zip(layers, self._activations, strict=True)):
             trace.inputs.append(x)
@@ -189,16 +183,6 @@ class Perceptron:
         Returns:
             The gradient `[N, in]` of what went in, see `input_gradient`, if it is asked for; it is in the scratch.
         """
-        if self._codes is not None:
-            x = trace.inputs[0]
-            dx = scratch((self._lane, "gradient"), x.shape[0], x.shape[1], x) if onward else None
-            weights, (dweights, dbiases) = layers.arrays[0], into.arrays
-            kept = tuple(out.numpy() for out in trace.kept)
-            gradient = None if dx is None else dx.numpy()
-            perceptron.backward(
-                dy.numpy(), x.numpy(), kept, weights, self._codes, dweights, dbiases, gradient, self._threads
-            )
-            return dx
         for index in reversed(range(len(layers))):
             x, activation, folded = trace.inputs[index], self._activations[index], self._folded[index]
             dz = layer_gradient(dy, x, trace.kept[index], activation, *into[index], folded=folded)
@@ -208,16 +192,5 @@ class Perceptron:
                 dy = input_gradient(dz, layers[index][0], folded=folded, out=out)
         return dy if onward else None
 
-    def _forward(self, codes: bytes, layers: Layers, x: Tensor, hidden: Sequence[Tensor | None], out: Tensor) -> None:
-        weights, biases = layers.arrays
-        outs = tuple(None if kept is None else kept.numpy() for kept in (*hidden, out))
-        perceptron.forward(x.numpy(), weights, biases, codes, outs, self._threads)
-
     def _room(self, scratch: Scratch, index: int, x: Tensor, layers: Layers) -> Tensor:
         return scratch((self._lane, self._depth + index), x.shape[0], layers[index][0].shape[1], x)
-
-
-def _new_outputs(x: Tensor, layers: Layers) -> Tensor:
-    """Memory `[N, out]` for what comes out of the last layer; of a few columns each is in one piece."""
-    rows, width = x.shape[0], layers[-1][0].shape[1]
-    return x.new_empty(width, rows).T if width < NARROW else x.new_empty(rows, width)

@@ -13,59 +13,13 @@ from torch import Tensor
 from rustyrl.config import PPOConfig
 from rustyrl_learner.adam import Optimizer
 from rustyrl_learner.network import ActorCritic
+from rustyrl_learner.rows import Minibatch, TrainingBatch
 
-__all__ = ["Losses", "Minibatch", "TrainingBatch", "kl_estimate", "minibatch_gradient", "policy_gradient"]
-__all__ += ["policy_loss", "ppo_update", "value_gradient", "value_loss"]
+__all__ = ["Losses", "kl_estimate", "minibatch_gradient", "policy_gradient", "policy_loss", "ppo_update"]
+__all__ += ["value_gradient", "value_loss"]
 
 
 MAX_IMPORTANCE = 2.0  # truncates the weight of what the version that collected it found unlikely
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingBatch:
-    """The valid steps of one batch, flattened: N rows, everything on the learner's device.
-
-    observation: `[N, width]` float32, normalised
-    action: `[N, A]` float32 raw samples, choices as whole numbers
-    action_mask: `[N, M]` bool, what the masked parts of the action could be, or None
-    behavior_log_prob: `[N]` float32, of the action under the version that chose it
-    proximal_log_prob: `[N]` float32, of the action under the version that this update starts from
-    advantage, value, value_target: `[N]` float32
-    """
-
-    observation: Tensor
-    action: Tensor
-    action_mask: Tensor | None
-    behavior_log_prob: Tensor
-    proximal_log_prob: Tensor
-    advantage: Tensor
-    value: Tensor
-    value_target: Tensor
-
-    def select(self, rows: Tensor) -> TrainingBatch:
-        """The rows `[n]` int64 of the batch, copied."""
-        return self._each(lambda array: _take(array, rows))
-
-    def slice(self, start: int, stop: int) -> TrainingBatch:
-        """Rows ``start`` to ``stop`` of the batch, as views."""
-        return self._each(lambda array: array[start:stop])
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> TrainingBatch:
-        return TrainingBatch(
-            change(self.observation),
-            change(self.action),
-            None if self.action_mask is None else change(self.action_mask),
-            change(self.behavior_log_prob),
-            change(self.proximal_log_prob),
-            change(self.advantage),
-            change(self.value),
-            change(self.value_target),
-        )
-
-
-def _take(array: Tensor, rows: Tensor) -> Tensor:
-    """Rows of an array; on a CPU those of one number are taken nine times faster from a flat one."""
-    return array.reshape(-1).index_select(0, rows)[:, None] if array.shape[1:] == (1,) else array.index_select(0, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,22 +156,6 @@ def ppo_update(
     return Losses(policy, value, entropy, approx_kl, clipped, norm, first_ratio_error, len(figures), learning_rate)
 
 
-@dataclass(frozen=True, slots=True)
-class Minibatch:
-    """What is kept of a minibatch of N rows, as the network was before its step.
-
-    advantage: `[N]`, normalised if that is asked for
-    log_prob, value: `[N]`
-    entropy, gradient_norm: `[]`
-    """
-
-    advantage: Tensor
-    log_prob: Tensor
-    value: Tensor
-    entropy: Tensor
-    gradient_norm: Tensor
-
-
 @torch.no_grad()
 def minibatch_gradient(network: ActorCritic, rows: TrainingBatch, importance: Tensor, config: PPOConfig) -> Minibatch:
     """Write the gradient of the whole loss on N rows into the network's.
@@ -231,13 +169,15 @@ def minibatch_gradient(network: ActorCritic, rows: TrainingBatch, importance: Te
         importance: `[N]`, see `policy_loss`.
         config: coefficients.
     """
+    parameters, into = network.flat()
+    if network.compiled is not None:
+        return network.compiled(rows, importance, config)
     count = len(importance)
     advantage = rows.advantage
     if config.normalize_advantage and count > 1:
         deviation, mean = torch.std_mean(advantage)
         advantage = (advantage - mean) / (deviation + 1e-8)
     seen: dict[str, Tensor] = {}
-    parameters, into = network.flat()
     distribution = network.distribution
 
     def by_outputs(outputs: Tensor) -> Tensor:
