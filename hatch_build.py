@@ -29,6 +29,7 @@ class CompilePerceptron(BuildHookInterface):  # type: ignore[type-arg]
         command = build_ext(Distribution({"name": "rustyrl", "ext_modules": [extension]}))
         command.inplace = True
         command.build_temp = "build"
+        command.force = True  # an object of before would be taken for one of these headers and flags
         command.ensure_finalized()
         try:
             command.run()
