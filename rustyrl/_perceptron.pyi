@@ -9,7 +9,7 @@ def forward(
     weights: tuple[Floats, ...],
     biases: tuple[Floats, ...],
     activations: bytes,
-    outs: tuple[Floats | None, ...],
+    out: Floats,
     threads: int,
     /,
 ) -> None: ...

@@ -23,6 +23,7 @@ from rustyrl import perceptron
 from rustyrl.config import PPOConfig
 from rustyrl.spec import ActionSpec
 from rustyrl.weights import PolicySpec
+from rustyrl_learner.device import share_threads
 from rustyrl_learner.network import ActorCritic
 from rustyrl_learner.ppo import minibatch_gradient, policy_loss, value_loss
 from rustyrl_learner.rows import Minibatch, TrainingBatch
@@ -280,6 +281,26 @@ def test_a_choice_that_is_never_allowed_has_no_gradient_at_all() -> None:
     assert gradient.count_nonzero() == 4
 
 
+@pytest.mark.parametrize("name", ["box", "squashed"])
+def test_deviations_may_be_so_small_that_a_density_is_beyond_float32(name: str) -> None:
+    wide = Kind((ActionSpec("box", shape=(24,), low=(-1e-3,) * 24, high=(1e-3,) * 24),), KINDS[name].box)
+    network = network_of(wide)
+    with torch.no_grad():
+        network.log_std.fill_(-4.7)
+    rows = batch_of(network, 60)  # fewer than fill the last eight
+    outputs, _ = network(rows.observation)
+    near = outputs + 0.01 * torch.randn(outputs.shape, generator=torch.Generator().manual_seed(2))
+    proximal = network.log_prob(outputs, near).detach()
+    assert 24 * (4.7 - 0.5 * math.log(2 * math.pi)) > math.log(torch.finfo(torch.float32).max)  # at the mean
+    # Log-probabilities of this size have roundings of a thousandth of what matters of them, their difference.
+    (ours, gradient), (_, expected) = (
+        of(network, replace(rows, action=near, proximal_log_prob=proximal, behavior_log_prob=proximal), CONFIG)
+        for of in (gradient_of, expected_of)
+    )
+    assert ours.gradient_norm.isfinite()
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("choice", [-1.0, 5.0, 0.5, math.nan])
 def test_a_choice_that_is_none_is_no_number(choice: float) -> None:
     network = network_of()
@@ -311,7 +332,8 @@ class Framed:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.frames: list[tuple[np.ndarray, np.ndarray]] = []
-        monkeypatch.setattr("rustyrl_learner.compiled.ppo_gradient", self)
+        self.inner = perceptron.ppo_gradient
+        monkeypatch.setattr(perceptron, "ppo_gradient", self)
 
     def framed(self, array: Any) -> Any:
         if array is None or array.dtype != np.float32:
@@ -327,7 +349,7 @@ class Framed:
             tuple(map(self.framed, argument)) if index in (5, 6) else argument if index > 6 else self.framed(argument)
             for index, argument in enumerate(given)
         ]
-        perceptron.ppo_gradient(*arguments)
+        self.inner(*arguments)
         for whole, array in self.frames:
             assert np.isnan(whole[:32]).all()
             assert np.isnan(whole[-32:]).all()
@@ -349,7 +371,7 @@ def call_of(network: ActorCritic, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     """What `ppo_gradient` is called with."""
     seen: list[Any] = []
     with monkeypatch.context() as patch:
-        patch.setattr("rustyrl_learner.compiled.ppo_gradient", lambda *given: seen.extend(given))
+        patch.setattr(perceptron, "ppo_gradient", lambda *given: seen.extend(given))
         gradient_of(network, batch_of(network, 20))
     names = ("parameters", "gradient", "layers", "blocks", "quadrature", "rows", "outs", "numbers", "threads")
     return dict(zip(names, seen, strict=True))
@@ -436,6 +458,14 @@ def test_arrays_that_do_not_fit_are_refused_with_what_was_expected(
     call[name] = value if index is None else tuple(given)
     with pytest.raises(error, match=message):
         perceptron.ppo_gradient(*call.values())
+
+
+def test_what_is_said_of_threads_is_what_networks_do() -> None:
+    for hidden in ((8,) * 31, (8,) * 32):
+        network = network_of(hidden=hidden)
+        network.flat()
+        said = share_threads(1, shared=False, activations=[*["tanh"] * len(hidden), "identity"])
+        assert said.compiled == (network.compiled is not None) == (len(hidden) < 32)
 
 
 def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:

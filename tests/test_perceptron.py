@@ -34,7 +34,7 @@ class Case:
         self.x = self.framed(rows, sizes[0], fill=True)
         self.weights = tuple(self.framed(*pair, fill=True, scale=pair[0] ** -0.5) for pair in pairs)
         self.biases = tuple(self.framed(1, out, fill=True)[0] for _, out in pairs)
-        self.outs = tuple(self.framed(rows, out) for _, out in pairs)
+        self.out = self.framed(rows, sizes[-1])
 
     def framed(self, rows: int, columns: int, *, fill: bool = False, scale: float = 1.0) -> np.ndarray:
         whole = np.full(rows * columns + 64, np.float32(np.nan))
@@ -44,33 +44,26 @@ class Case:
         self.frames.append((whole, inside))
         return inside
 
-    def forward(self, outs: Any = None) -> None:
-        perceptron.forward(
-            self.x, self.weights, self.biases, self.codes, self.outs if outs is None else outs, self.threads
-        )
+    def forward(self) -> None:
+        perceptron.forward(self.x, self.weights, self.biases, self.codes, self.out, self.threads)
 
     def check_frames(self) -> None:
         for whole, _ in self.frames:
             assert np.isnan(whole[:32]).all()
             assert np.isnan(whole[-32:]).all()
 
-    def literal(self) -> list[np.ndarray]:
-        """What comes out of each layer, in float64."""
-        x, outs = self.x.astype(np.float64), []
+    def literal(self) -> np.ndarray:
+        """What comes out, in float64."""
+        x = self.x.astype(np.float64)
         for weight, bias, activation in zip(self.weights, self.biases, self.activations, strict=True):
             x = ACTIVATIONS[activation](x @ weight.astype(np.float64) + bias)
-            outs.append(x)
-        return outs
-
-
-def assert_close(found: np.ndarray, expected: np.ndarray, name: str) -> None:
-    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max(initial=1.0), err_msg=name)
+        return x
 
 
 def check(case: Case) -> None:
     case.forward()
-    for index, (out, literal) in enumerate(zip(case.outs, case.literal(), strict=True)):
-        assert_close(out, literal, f"layer {index}")
+    expected = case.literal()
+    np.testing.assert_allclose(case.out, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max(initial=1.0))
     case.check_frames()
 
 
@@ -107,23 +100,13 @@ def test_any_shape_and_order_of_activations(
 
 
 @needs_compiled
-def test_what_nobody_keeps_changes_nothing() -> None:
-    case = Case(100, [7, 33, 20, 5], ["tanh", "relu", "identity"])
-    case.forward()
-    kept = case.outs[-1].copy()
-    case.forward((None, None, case.outs[-1]))
-    assert np.array_equal(case.outs[-1], kept)
-
-
-@needs_compiled
-def test_columns_and_rows_may_lie_anywhere() -> None:
+def test_columns_and_rows_of_what_goes_in_may_lie_anywhere() -> None:
     case, plain = (Case(75, [11, 64, 3], ["tanh", "identity"]) for _ in range(2))
     plain.forward()
     for x in (np.asfortranarray(case.x), np.repeat(case.x, 2, axis=1)[::-1, ::2][::-1]):
-        for out in (np.empty((3, 75), np.float32).T, np.empty((3, 150), np.float32).T[::2]):
-            case.x = x
-            case.forward((case.outs[0], out))
-            assert np.array_equal(out, plain.outs[-1])
+        case.x = x
+        case.forward()
+        assert np.array_equal(case.out, plain.out)
 
 
 @needs_compiled
@@ -131,11 +114,11 @@ def test_columns_and_rows_may_lie_anywhere() -> None:
 def test_a_row_comes_to_the_same_bits_whatever_rows_are_beside_it(activation: str) -> None:
     case = Case(100, [9, 40, 21, 6], [activation, activation, "identity"])
     case.forward()
-    whole, rows = case.outs[-1].copy(), case.x.copy()
+    whole, rows = case.out.copy(), case.x.copy()
     for first, last in [(0, 1), (3, 10), (47, 49), (60, 100)]:
-        case.x, part = rows[first:last], np.empty((last - first, 6), np.float32)
-        case.forward((None, None, part))
-        assert np.array_equal(part, whole[first:last])
+        case.x, case.out = rows[first:last], np.empty((last - first, 6), np.float32)
+        case.forward()
+        assert np.array_equal(case.out, whole[first:last])
 
 
 @needs_compiled
@@ -145,9 +128,9 @@ def test_any_number_of_threads_comes_to_the_same_bits(rows: int) -> None:
     for threads in (1, 2, 3, 8, 64):
         case = Case(rows, [20, 64, 64, 4], ["tanh", "relu", "identity"], threads=threads)
         check(case)
-        found.append(case.outs)
+        found.append(case.out)
     for other in found[1:]:
-        assert all(map(np.array_equal, found[0], other))
+        assert np.array_equal(found[0], other)
 
 
 @needs_compiled
@@ -159,14 +142,14 @@ def test_callers_do_not_disturb_each_other() -> None:
     expected = []
     for case in cases:
         case.forward()
-        expected.append([array.copy() for array in case.outs])
+        expected.append(case.out.copy())
     wrong: list[int] = []
 
     def again(index: int) -> None:
         case = cases[index]
         for _ in range(100):
             case.forward()
-            if not all(map(np.array_equal, case.outs, expected[index])):
+            if not np.array_equal(case.out, expected[index]):
                 wrong.append(index)
 
     threads = [threading.Thread(target=again, args=(index,)) for index in range(len(cases))]
@@ -185,11 +168,11 @@ import os, numpy as np
 from test_perceptron import Case
 case = Case(3000, [20, 64, 64, 4], ["tanh", "tanh", "identity"], threads=3)
 case.forward()
-before = case.outs[-1].copy()
+before = case.out.copy()
 child = os.fork()
-case.outs[-1][...] = 0
+case.out[...] = 0
 case.forward()
-same = np.array_equal(case.outs[-1], before)
+same = np.array_equal(case.out, before)
 if not child:
     os._exit(0 if same else 1)
 assert same and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -199,12 +182,35 @@ assert same and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @needs_compiled
+def test_those_who_are_first_at_the_same_time_do_not_disturb_each_other() -> None:
+    code = """
+import threading, numpy as np
+from test_perceptron import Case
+cases = [Case(3000, [20, 64, 64, 4], ["tanh", "tanh", "identity"], seed, threads=3) for seed in range(6)]
+gate = threading.Barrier(6)
+def call(case):
+    gate.wait()
+    case.forward()
+threads = [threading.Thread(target=call, args=(case,)) for case in cases]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+for case in cases:
+    np.testing.assert_allclose(case.out, case.literal(), rtol=1e-4, atol=1e-4)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
+
+
+@needs_compiled
 def test_tanh_is_within_a_rounding_or_two_and_never_beyond_one() -> None:
     x = np.concatenate([np.linspace(-20, 20, 200_001), np.geomspace(1e-30, 1e4, 2000), [np.inf, -np.inf, 0, -0.0]])
     x = x.astype(np.float32)[:, None]
     y = np.empty_like(x)
     one, zero = (np.full(shape, value, np.float32) for shape, value in [((1, 1), 1), ((1,), 0)])
-    perceptron.forward(x, (one,), (zero,), perceptron.encode_activations(["tanh"]), (y,), 1)
+    perceptron.forward(x, (one,), (zero,), perceptron.encode_activations(["tanh"]), y, 1)
     assert np.abs(y - np.tanh(x.astype(np.float64))).max() < 4e-7
     assert np.abs(y).max() <= 1
     small = np.abs(x) < 1e-3
@@ -217,7 +223,7 @@ def test_what_is_not_a_number_stays_so_in_its_row(activation: str) -> None:
     case = Case(20, [4, 24, 3], [activation, "identity"])
     case.x[7, 2] = np.nan
     case.forward()
-    assert np.isnan(case.outs[-1]).any(1).tolist() == [row == 7 for row in range(20)]
+    assert np.isnan(case.out).any(1).tolist() == [row == 7 for row in range(20)]
 
 
 @needs_compiled
@@ -235,16 +241,16 @@ def test_what_is_not_a_number_stays_so_in_its_row(activation: str) -> None:
         ({"biases": (np.zeros(8, np.float32), np.zeros(3, np.float32))}, ValueError, r"bias must be \[1, 2\]"),
         ({"codes": b"\x02"}, ValueError, "1 activations for 2 layers"),
         ({"codes": b"\x02\x09"}, ValueError, "no activation 9"),
-        ({"outs": (None, None)}, ValueError, "last layer"),
-        ({"outs": (None, np.zeros((4, 2), np.float32))}, ValueError, r"out must be \[3, 2\], got \[4, 2\]"),
-        ({"outs": (None, np.broadcast_to(np.float32(0), (3, 2)))}, (ValueError, BufferError), "read-only|writable"),
-        ({"outs": (None, "text")}, TypeError, "bytes-like|buffer"),
+        ({"out": np.empty((2, 3), np.float32).T}, (ValueError, BufferError), "contiguous"),
+        ({"out": np.zeros((4, 2), np.float32)}, ValueError, r"out must be \[3, 2\], got \[4, 2\]"),
+        ({"out": np.frombuffer(bytes(24), np.float32).reshape(3, 2)}, (ValueError, BufferError), "read-only|writable"),
+        ({"out": "text"}, TypeError, "bytes-like|buffer"),
         ({"threads": 0}, ValueError, "threads must be 1 to 64, got 0"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_was_expected(change: dict[str, Any], error: Any, message: str) -> None:
     case = Case(3, [4, 8, 2], ["tanh", "identity"])
-    given = {"x": case.x, "weights": case.weights, "biases": case.biases, "codes": case.codes, "outs": case.outs}
+    given = {"x": case.x, "weights": case.weights, "biases": case.biases, "codes": case.codes, "out": case.out}
     with pytest.raises(error, match=message):
         perceptron.forward(*({**given, "threads": 1} | change).values())
 
@@ -252,12 +258,12 @@ def test_what_does_not_fit_is_refused_with_what_was_expected(change: dict[str, A
 @needs_compiled
 def test_nothing_is_left_behind() -> None:
     case = Case(48, [4, 64, 64, 2], ["tanh", "tanh", "identity"])
-    counts = [sys.getrefcount(array) for array in (case.x, *case.weights, *case.outs)]
+    counts = [sys.getrefcount(array) for array in (case.x, *case.weights, case.out)]
     for _ in range(1000):
         case.forward()
         with pytest.raises(ValueError, match=r"weight must be \[3"):
-            perceptron.forward(case.x[:, :3], case.weights, case.biases, case.codes, case.outs, 1)
-    assert [sys.getrefcount(array) for array in (case.x, *case.weights, *case.outs)] == counts
+            perceptron.forward(case.x[:, :3], case.weights, case.biases, case.codes, case.out, 1)
+    assert [sys.getrefcount(array) for array in (case.x, *case.weights, case.out)] == counts
 
 
 def test_it_is_compiled_where_there_is_a_compiler() -> None:
@@ -272,6 +278,25 @@ def test_it_can_be_switched_off_and_then_says_so() -> None:
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert said.stdout.split(maxsplit=2)[:2] == ["False", "None"]
     assert perceptron.OFF_VARIABLE in said.stdout or "not compiled" in said.stdout
+
+
+def test_without_it_a_learner_and_an_actor_compute_all_the_same() -> None:
+    code = """
+import sys; sys.modules["rustyrl._perceptron"] = None
+import numpy as np, torch
+from test_ppo import PLAIN, batch_of, network_of, update
+from rustyrl import perceptron
+from rustyrl_actors.inference import Policy
+from rustyrl_learner.network import export_weights
+assert not perceptron.COMPILED and "not compiled" in perceptron.PROBLEM, perceptron.PROBLEM
+network = network_of(compiled=2)
+batch = batch_of(network)
+assert network.compiled is None and update(network, batch, PLAIN).gradient_norm > 0
+outputs = Policy(export_weights(network, None), 60).forward({"main": batch.observation.numpy()})
+np.testing.assert_allclose(outputs, network.policy(batch.observation).numpy(), rtol=1e-4, atol=1e-5)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
 
 
 def test_activations_that_it_does_not_know_are_left_to_others() -> None:

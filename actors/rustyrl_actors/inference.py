@@ -36,7 +36,6 @@ class Policy:
         self._scratch = [np.empty((slots, n), np.float32) for n in sizes]
         self._input = np.empty((slots, sum(array.width for array in weights.spec.observation)), np.float32)
         self._codes = perceptron.encode_activations([*[weights.spec.activation] * len(weights.spec.hidden), "identity"])
-        self._outs = (*[None] * len(weights.spec.hidden), self._outputs[-1])
         self._joins = weights.spec.normalize or [array.dtype for array in weights.spec.observation] != ["float32"]
         self._activate = ACTIVATIONS[weights.spec.activation]
         self._samplers = self._make_samplers()
@@ -108,7 +107,7 @@ class Policy:
         if self._codes is not None:
             x = np.asarray(x, np.float32)
             x = x if x.flags.aligned else x.copy()
-            perceptron.forward(x, self._weights, self._biases, self._codes, self._outs, 1)
+            perceptron.forward(x, self._weights, self._biases, self._codes, self._outputs[-1], 1)
             return self._outputs[-1]
         last = len(self._weights) - 1
         for index, (weight, bias) in enumerate(zip(self._weights, self._biases, strict=True)):

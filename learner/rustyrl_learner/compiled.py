@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rustyrl import perceptron
 from rustyrl.config import PPOConfig
-from rustyrl.perceptron import ACTIVATIONS, ppo_gradient
 from rustyrl_learner.distribution import ActionDistribution, quadrature
 from rustyrl_learner.rows import Minibatch, TrainingBatch
 
@@ -44,7 +44,7 @@ class CompiledGradient:
         for part, inside in enumerate((parameters.trunk, parameters.policy, parameters.critic)):
             for index, (weight, bias) in enumerate(inside):
                 last = part and index == len(inside) - 1
-                code = ACTIVATIONS["identity" if last else activation]
+                code = perceptron.ACTIVATIONS["identity" if last else activation]
                 layers.append((part, *weight.shape, code, int(weight.storage_offset()), int(bias.storage_offset())))
         self._layers = np.array(layers, np.int32)
         blocks: list[tuple[int, ...]] = []
@@ -63,7 +63,7 @@ class CompiledGradient:
         log_prob, value, figures = (torch.empty(size) for size in (count, count, 2))
         normalized = torch.empty(count) if config.normalize_advantage and count > 1 else None
         given = (rows.observation, rows.action, rows.action_mask, rows.proximal_log_prob, importance, rows.advantage)
-        ppo_gradient(
+        perceptron.ppo_gradient(
             self._parameters,
             self._gradient,
             self._layers,

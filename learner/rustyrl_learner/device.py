@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,7 @@ class Threads:
     compiled: bool = False
 
 
-def share_threads(threads: int, *, shared: bool, activation: str) -> Threads:
+def share_threads(threads: int, *, shared: bool, activations: Sequence[str]) -> Threads:
     """Have torch use as many threads of the CPU as suits its learner.
 
     Compiled code shares rows out among threads that sleep when they have none, and takes up to 8. Torch's own share
@@ -67,10 +68,10 @@ def share_threads(threads: int, *, shared: bool, activation: str) -> Threads:
     Args:
         threads: 0 chooses.
         shared: whether policy and critic share layers, so that there is one lane.
-        activation: of the policy and the critic.
+        activations: of the layers of policy or critic.
     """
     cores = available_cores()
-    if encode_activations([activation, "identity"]) is not None:
+    if encode_activations(activations) is not None:
         torch.set_num_threads(1)
         return Threads(1, min(threads, MAX_THREADS) or min(cores, 8), compiled=True)
     chosen = threads or max(1, min(4, cores - 1))

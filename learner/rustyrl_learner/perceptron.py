@@ -155,8 +155,7 @@ class Perceptron:
         """`[N, in]` to `[N, out]`, keeping nothing."""
         if self._codes is not None:
             out = x.new_empty(x.shape[0], layers[-1][0].shape[1])
-            outs = (*[None] * (len(layers) - 1), out.numpy())
-            perceptron.forward(x.numpy(), *layers.arrays, self._codes, outs, self._threads)
+            perceptron.forward(x.numpy(), *layers.arrays, self._codes, out.numpy(), self._threads)
             return out
         # So many rows at a time that what is between the layers stays in a CPU's cache.
         scratch, count = Scratch(), x.shape[0]

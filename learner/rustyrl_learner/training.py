@@ -34,7 +34,8 @@ class Training:
         shared = config.policy.trunk == "shared"
         threads = Threads()
         if device.type == "cpu":
-            threads = share_threads(config.run.threads, shared=shared, activation=policy.activation)
+            activations = [*[policy.activation] * len(policy.hidden), "identity"]
+            threads = share_threads(config.run.threads, shared=shared, activations=activations)
         network = ActorCritic(
             policy,
             shared=shared,

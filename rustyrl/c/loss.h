@@ -18,7 +18,7 @@ typedef struct {
     int32_t kind, groups, choices, column, output, extra;
 } Block;
 
-/* blocks: [count]
+/* blocks: [count], a copy that was looked through
  * parameters: all of them, for those that are log_std
  * nodes, weights: [points], of the expectation under a standard normal
  * log_prob_start, entropy_start: what they are before a row is looked at
@@ -205,7 +205,8 @@ FAST static float lose(const Loss *loss, const Columns *at, size outputs, size f
         vec ratio = exponential(load(at->log_prob + r) - fetch_eight(loss->proximal + first, rows, r));
         vec gain = ratio * advantage, limit = clamp(ratio, 1 - loss->clip, 1 + loss->clip) * advantage;
         vec weight = fetch_eight(loss->importance + first, rows, r) * -loss->each;
-        store(at->dlog_prob + r, choose(gain > limit, spread(0), gain) * weight);
+        vec dlog_prob = choose(gain > limit, spread(0), gain) * weight;
+        store(at->dlog_prob + r, choose(present(rows, r), dlog_prob, spread(0))); /* of no row may a ratio be infinite */
         entropies += choose(present(rows, r), load(at->entropy + r), spread(0));
         vec value = load(at->value + r), target = fetch_eight(loss->target + first, rows, r), error = value - target;
         if (loss->value_clip > 0) {

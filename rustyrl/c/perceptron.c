@@ -19,7 +19,7 @@
 #include "layers.h"
 #include "loss.h"
 
-enum { MAX_LAYERS = 64, MAX_PARTIAL = 1 << 22 }; /* numbers in gradients of pieces */
+enum { MAX_LAYERS = 64, MAX_PARTIAL = 1 << 23 }; /* numbers in gradients of pieces */
 
 /* --- what is asked for --- */
 
@@ -27,7 +27,7 @@ typedef struct {
     Work work;
     Matrix x;
     Layer layers[MAX_LAYERS];
-    Matrix outs[MAX_LAYERS]; /* of all rows, if somebody keeps them */
+    Matrix out;
     size count, widest;
 } Forward;
 
@@ -39,9 +39,9 @@ FAST static void go_forward(const Work *work, size Py_UNUSED(piece), size begin,
         Matrix outs[MAX_LAYERS];
         for (size l = 0; l < this->count; l++) {
             size width = this->layers[l].out;
-            outs[l] = this->outs[l].at ? rows_from(this->outs[l], first, rows)
-                                       : (Matrix){room + l % 2 * TILE * this->widest, rows, width, width, 1};
+            outs[l] = (Matrix){room + l % 2 * TILE * this->widest, rows, width, width, 1};
         }
+        outs[this->count - 1] = rows_from(this->out, first, rows);
         run_forth(this->layers, this->count, rows_from(this->x, first, rows), outs);
     }
 }
@@ -141,7 +141,7 @@ static void normalize(const float *from, size count, float *to)
 
 /* --- the way from and to Python --- */
 
-enum { MAX_BUFFERS = 3 * MAX_LAYERS + 3 };
+enum { MAX_BUFFERS = 2 * MAX_LAYERS + 2 };
 
 typedef struct {
     Py_buffer views[MAX_BUFFERS];
@@ -243,9 +243,8 @@ static PyObject *finish(Work *work, Borrowed *borrowed)
     return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
 }
 
-/* The layers of `forward`, of arrays, and where what they say is kept. */
-static int borrow_layers(Borrowed *borrowed, Forward *this, PyObject *weights, PyObject *biases, PyObject *activations,
-                         PyObject *outs)
+/* The layers of `forward`, of arrays. */
+static int borrow_layers(Borrowed *borrowed, Forward *this, PyObject *weights, PyObject *biases, PyObject *activations)
 {
     if (count_items(weights, "weights", -1) < 0)
         return -1;
@@ -255,7 +254,7 @@ static int borrow_layers(Borrowed *borrowed, Forward *this, PyObject *weights, P
         PyErr_Format(PyExc_ValueError, "a perceptron has 1 to %d layers here, got %zd", MAX_LAYERS, count);
         return -1;
     }
-    if (PyBytes_AsStringAndSize(activations, &codes, &length) < 0 || count_items(outs, "outs", count) < 0 ||
+    if (PyBytes_AsStringAndSize(activations, &codes, &length) < 0 ||
         count_items(biases, "biases", count) < 0)
         return -1;
     if (length != count) {
@@ -266,7 +265,6 @@ static int borrow_layers(Borrowed *borrowed, Forward *this, PyObject *weights, P
     for (size l = 0; l < count; l++) {
         Matrix weight;
         float *bias;
-        PyObject *out = PyTuple_GetItem(outs, l);
         if (codes[l] < 0 || codes[l] >= ACTIVATIONS) {
             PyErr_Format(PyExc_ValueError, "there is no activation %d", codes[l]);
             return -1;
@@ -277,21 +275,18 @@ static int borrow_layers(Borrowed *borrowed, Forward *this, PyObject *weights, P
         columns = weight.columns;
         this->layers[l] =
             (Layer){.in = weight.rows, .out = columns, .activation = codes[l], .weight = weight.at, .bias = bias};
-        if (out != Py_None && borrow(borrowed, out, "out", 2, this->x.rows, columns,
-                                     WRITABLE | (l == count - 1 ? STRIDED : 0), &this->outs[l]) < 0)
-            return -1;
     }
-    return this->outs[count - 1].at ? 0 : refuse("outs must hold an array for the last layer");
+    return 0;
 }
 
-PyDoc_STRVAR(forward_doc, "forward(x, weights, biases, activations, outs, threads)\n\n"
-                          "Write what each layer says of x [N, in] into outs; None there keeps nothing of a layer.");
+PyDoc_STRVAR(forward_doc, "forward(x, weights, biases, activations, out, threads)\n\n"
+                          "Write what the layers say of x [N, in] into out [N, out].");
 
 static PyObject *forward(PyObject *Py_UNUSED(module), PyObject *args)
 {
-    PyObject *x, *weights, *biases, *activations, *outs;
+    PyObject *x, *weights, *biases, *activations, *out;
     int threads;
-    if (!PyArg_ParseTuple(args, "OOOOOi", &x, &weights, &biases, &activations, &outs, &threads) ||
+    if (!PyArg_ParseTuple(args, "OOOOOi", &x, &weights, &biases, &activations, &out, &threads) ||
         check_threads(threads) < 0)
         return NULL;
     Borrowed borrowed = {.count = 0};
@@ -299,7 +294,8 @@ static PyObject *forward(PyObject *Py_UNUSED(module), PyObject *args)
     Work *work = &this.work;
     size panels = 0, parameters = 0;
     if (borrow(&borrowed, x, "x", 2, -1, -1, STRIDED, &this.x) < 0 ||
-        borrow_layers(&borrowed, &this, weights, biases, activations, outs) < 0)
+        borrow_layers(&borrowed, &this, weights, biases, activations) < 0 ||
+        borrow(&borrowed, out, "out", 2, this.x.rows, this.layers[this.count - 1].out, WRITABLE, &this.out) < 0)
         return finish(work, &borrowed);
     for (Layer *layer = this.layers; layer < this.layers + this.count; layer++) {
         if (layer->out > this.widest)
@@ -352,12 +348,12 @@ static int read_layers(Gradient *this, const Matrix *table, const float *paramet
     return 0;
 }
 
-/* The parts of an action must fit the arrays, and cover what the policy says. */
-static int read_blocks(Gradient *this, const Matrix *table, float log_half)
+/* The parts of an action, copied to `to`, must fit the arrays, and cover what the policy says. */
+static int read_blocks(Gradient *this, const Matrix *table, float log_half, void *to)
 {
     Loss *loss = &this->loss;
     size covered = 0;
-    loss->blocks = (const Block *)table->at;
+    loss->blocks = memcpy(to, table->at, sizeof(Block) * table->rows);
     loss->count = table->rows;
     loss->log_prob_start = -log_half;
     loss->entropy_start = log_half;
@@ -465,10 +461,11 @@ static PyObject *ppo_gradient(PyObject *Py_UNUSED(module), PyObject *args)
     loss->each = rows ? 1 / (float)rows : 0;
     loss->dentropy = -entropy * loss->each;
     loss->dvalue = value_coefficient * loss->each;
-    if (read_layers(&this, &of_layers, at.at) < 0 || read_blocks(&this, &of_blocks, log_half) < 0)
+    if (read_layers(&this, &of_layers, at.at) < 0)
         return finish(work, &borrowed);
-    float *to = make_room(work, threads, lay_out(&this));
-    if (!to)
+    size shared = lay_out(&this);
+    float *to = make_room(work, threads, shared + padded(of_blocks.rows * 6));
+    if (!to || read_blocks(&this, &of_blocks, log_half, to + shared) < 0)
         return finish(work, &borrowed);
     Py_BEGIN_ALLOW_THREADS;
     if (normal)
@@ -511,4 +508,11 @@ static struct PyModuleDef definition = {
     NULL, NULL, NULL,
 };
 
-PyMODINIT_FUNC PyInit__perceptron(void) { return PyModuleDef_Init(&definition); }
+PyMODINIT_FUNC PyInit__perceptron(void)
+{
+    static int registered;
+    if (!registered && pthread_atfork(NULL, NULL, forget_threads))
+        return PyErr_NoMemory();
+    registered = 1;
+    return PyModuleDef_Init(&definition);
+}

@@ -9,13 +9,14 @@ enum { PATIENCE = 20000 }; /* a fraction of a millisecond: to sleep for the rest
  * cost: products of all
  * room, room_each: numbers that each thread has for itself
  * next, threads: the piece to be taken next, and how many threads have taken any
+ * inside: helpers that are at it
  */
 typedef struct Work {
     void (*go)(const struct Work *work, size piece, size begin, size end, float *room);
     size rows, rows_each, pieces, cost;
     float *room;
     size room_each;
-    size next, threads;
+    size next, threads, inside;
 } Work;
 
 static size least(size a, size b) { return a < b ? a : b; }
@@ -48,13 +49,12 @@ static void relax(void)
 #endif
 }
 
-/* Threads that sleep until there is work, of one process; whoever comes while they have some does his own alone. */
+/* Threads that sleep until there is work; whoever comes while there is some does his own alone. */
 static struct {
     pthread_mutex_t lock;
     pthread_cond_t wake, done;
     Work *work; /* that may be joined */
-    size wanted, inside, helpers;
-    pid_t process;
+    size wanted, helpers;
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER, .done = PTHREAD_COND_INITIALIZER};
 
 static void *help(void *unused)
@@ -65,27 +65,24 @@ static void *help(void *unused)
             pthread_cond_wait(&pool.wake, &pool.lock);
         Work *work = pool.work;
         pool.wanted--;
-        pool.inside++;
+        __atomic_add_fetch(&work->inside, 1, __ATOMIC_RELAXED);
         pthread_mutex_unlock(&pool.lock);
         take_pieces(work);
-        pthread_mutex_lock(&pool.lock);
-        if (!__atomic_sub_fetch(&pool.inside, 1, __ATOMIC_RELEASE))
-            pthread_cond_signal(&pool.done);
+        pthread_mutex_lock(&pool.lock); /* until it is released, whose work it is stays */
+        if (!__atomic_sub_fetch(&work->inside, 1, __ATOMIC_RELEASE))
+            pthread_cond_broadcast(&pool.done);
     }
     return unused;
 }
 
-static void lock_pool(void)
+/* A child process has none of its parent's threads. */
+static void forget_threads(void)
 {
-    if (pool.process != getpid()) { /* a child has none of its parent's threads */
-        pthread_mutex_init(&pool.lock, NULL);
-        pthread_cond_init(&pool.wake, NULL);
-        pthread_cond_init(&pool.done, NULL);
-        pool.work = NULL;
-        pool.wanted = pool.inside = pool.helpers = 0;
-        pool.process = getpid();
-    }
-    pthread_mutex_lock(&pool.lock);
+    pthread_mutex_init(&pool.lock, NULL);
+    pthread_cond_init(&pool.wake, NULL);
+    pthread_cond_init(&pool.done, NULL);
+    pool.work = NULL;
+    pool.wanted = pool.helpers = 0;
 }
 
 static void do_work(Work *work, size threads)
@@ -93,13 +90,13 @@ static void do_work(Work *work, size threads)
     size helpers = work->cost < WORTH_SHARING ? 0 : least(threads, work->pieces) - 1;
     int ours = 0;
     if (helpers > 0) {
-        lock_pool();
+        pthread_mutex_lock(&pool.lock);
         for (pthread_t thread; pool.helpers < helpers; pool.helpers++) {
             if (pthread_create(&thread, NULL, help, NULL))
                 break; /* with fewer, then */
             pthread_detach(thread);
         }
-        if (!pool.work && !pool.inside) {
+        if (!pool.work) {
             ours = 1;
             pool.work = work;
             pool.wanted = least(helpers, pool.helpers);
@@ -112,10 +109,10 @@ static void do_work(Work *work, size threads)
         pthread_mutex_lock(&pool.lock);
         pool.work = NULL; /* who wakes up late finds nothing to do */
         pthread_mutex_unlock(&pool.lock);
-        for (int i = 0; i < PATIENCE && __atomic_load_n(&pool.inside, __ATOMIC_ACQUIRE); i++)
+        for (int i = 0; i < PATIENCE && __atomic_load_n(&work->inside, __ATOMIC_ACQUIRE); i++)
             relax();
         pthread_mutex_lock(&pool.lock);
-        while (pool.inside)
+        while (work->inside)
             pthread_cond_wait(&pool.done, &pool.lock);
         pthread_mutex_unlock(&pool.lock);
     }
