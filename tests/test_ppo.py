@@ -20,6 +20,7 @@ from rustyrl.spec import ActionSpec, ArraySpec
 from rustyrl.weights import PolicySpec
 from rustyrl_actors.inference import Policy
 from rustyrl_learner import ppo
+from rustyrl_learner.adam import Adam
 from rustyrl_learner.network import SPLIT, ActorCritic, export_weights
 from rustyrl_learner.ppo import Losses, kl_estimate, policy_loss, ppo_update, value_loss
 from rustyrl_learner.rows import Minibatch, TrainingBatch
@@ -689,3 +690,20 @@ def test_an_exception_in_either_lane_is_raised(broken: str) -> None:
     by = {"by_outputs": torch.zeros_like, "by_value": torch.zeros_like, broken: fail}
     with pytest.raises(ValueError, match=broken):
         network.take_gradient(torch.zeros(SPLIT, network.spec.observation[0].width), **by)
+
+
+@pytest.mark.parametrize("kind", ACTIONS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_minibatch_on_another_device_waits_for_no_number_of_it(kind: str, shared: bool) -> None:
+    """On torch's device without numbers, where to look at one is an error."""
+    batch = batch_of(network_of(kind), 64)
+    network = network_of(kind, shared=shared, compiled=0).to("meta")
+    arrays = {name: getattr(batch, name) for name in TrainingBatch.__dataclass_fields__}
+    rows = TrainingBatch(**{name: None if array is None else array.to("meta") for name, array in arrays.items()})
+    parameters, gradient = network.flat()
+    optimizer = Adam(parameters.tensor, gradient.tensor, epsilon=1e-8)
+    result = ppo.minibatch_gradient(network, rows, torch.ones(64, device="meta"), with_config(value_clip=0.2))
+    ppo._clip(gradient.tensor, result.gradient_norm, 0.5)
+    optimizer.step(1e-3)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        result.gradient_norm.item()

@@ -85,7 +85,7 @@ class ActorCritic(nn.Module):
             shared: whether policy and critic share their hidden layers.
             initial_log_std: of boxes.
             lanes: 2 computes policy and critic at the same time, if they share nothing.
-            compiled: threads of compiled code, if it knows these networks; 0 for torch.
+            compiled: threads of compiled code on a CPU, if it knows these networks; 0 for torch.
         """
         super().__init__()
         self.spec = spec
