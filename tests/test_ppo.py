@@ -694,16 +694,16 @@ def test_an_exception_in_either_lane_is_raised(broken: str) -> None:
 
 @pytest.mark.parametrize("kind", ACTIONS)
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_minibatch_on_another_device_waits_for_no_number_of_it(kind: str, shared: bool) -> None:
+def test_an_epoch_on_another_device_waits_for_no_number_of_it(kind: str, shared: bool) -> None:
     """On torch's device without numbers, where to look at one is an error."""
     batch = batch_of(network_of(kind), 64)
     network = network_of(kind, shared=shared, compiled=0).to("meta")
-    arrays = {name: getattr(batch, name) for name in TrainingBatch.__dataclass_fields__}
-    rows = TrainingBatch(**{name: None if array is None else array.to("meta") for name, array in arrays.items()})
+    rows = batch.map(lambda array: array.to("meta"))
     parameters, gradient = network.flat()
     optimizer = Adam(parameters.tensor, gradient.tensor, epsilon=1e-8)
-    result = ppo.minibatch_gradient(network, rows, torch.ones(64, device="meta"), with_config(value_clip=0.2))
-    ppo._clip(gradient.tensor, result.gradient_norm, 0.5)
-    optimizer.step(1e-3)
+    order = torch.empty(64, dtype=torch.int64, device="meta")
+    config = with_config(value_clip=0.2, minibatch_size=16)
+    epoch = ppo.run_epoch(network, optimizer, rows, config, order, 1e-3)
+    assert optimizer.steps == 4
     with pytest.raises((RuntimeError, NotImplementedError)):
-        result.gradient_norm.item()
+        epoch.figures.tolist()

@@ -16,8 +16,8 @@ SETTINGS: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "
 class Optimizer(Protocol):
     """Whatever changes parameters along the gradients that stand beside them."""
 
-    def step(self, learning_rate: float) -> None:
-        """Take a step of this rate."""
+    def step(self, learning_rate: float | Tensor) -> None:
+        """Take a step of this rate; a tensor `[]` is read on its device when the step is taken there."""
 
 
 class Adam:
@@ -48,12 +48,12 @@ class Adam:
         self.second = torch.zeros_like(block)
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
-        """Take a step of this rate."""
+    def step(self, learning_rate: float | Tensor) -> None:
+        """Take a step of this rate; a tensor `[]` is read on its device when the step is taken there."""
         self.steps += 1
         if self._decay:
             self._decaying.mul_(1 - learning_rate * self._decay)
-        self._taken.fill_(self.steps)
+        self._taken.add_(1)
         state: tuple[list[Tensor], ...] = (
             [self._block],
             [self._gradient],
@@ -63,6 +63,11 @@ class Adam:
             [self._taken],
         )
         torch._fused_adam_(*state, lr=learning_rate, eps=self._epsilon, **SETTINGS)
+
+    def set_steps(self, steps: int) -> None:
+        """Go on as after so many."""
+        self.steps = steps
+        self._taken.fill_(steps)
 
     def tensors(self) -> dict[str, Tensor]:
         """What it goes on from, by name; not copies."""
@@ -79,6 +84,6 @@ class Adam:
         first, second = tensors[f"{PREFIX}first"], tensors[f"{PREFIX}second"]
         if first.shape != self.first.shape:
             raise RuntimeError(f"the optimiser's moments are of {first.numel()} numbers, expected {self.first.numel()}")
-        self.steps = int(tensors[f"{PREFIX}steps"])
+        self.set_steps(int(tensors[f"{PREFIX}steps"]))
         self.first.copy_(first)
         self.second.copy_(second)

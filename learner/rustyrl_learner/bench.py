@@ -43,7 +43,8 @@ def measure_learner(config: Config, spec: EnvironmentSpec, seconds: float, windo
             _finish(device)
             prepared = time.perf_counter()
             rate = config.ppo.learning_rate
-            losses = ppo_update(training.network, training.optimizer, rows, config.ppo, rate, training.shuffle)
+            given = (training.network, training.optimizer, rows, config.ppo, rate, training.shuffle)
+            losses = ppo_update(*given, graphs=training.graphs)
             _finish(device)
             after = time.perf_counter()
             update_s += after - prepared

@@ -247,7 +247,8 @@ class Learner:
             figures = batch_figures(rows, training.network, training.values)
         with stages("update"):
             rate, ask = ppo.learning_rate, self._follow_orders
-            losses = ppo_update(training.network, training.optimizer, rows, ppo, rate, training.shuffle, ask)
+            given = (training.network, training.optimizer, rows, ppo, rate, training.shuffle)
+            losses = ppo_update(*given, on_minibatch=ask, graphs=training.graphs)
         figures |= {"clip": ppo.clip, "entropy_coefficient": ppo.entropy, "gamma": ppo.gamma}
         return losses, {**asdict(losses), **figures}
 

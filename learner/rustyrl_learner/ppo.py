@@ -6,6 +6,8 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,9 +15,12 @@ from torch import Tensor
 from rustyrl.config import PPOConfig
 from rustyrl_learner.adam import Optimizer
 from rustyrl_learner.network import ActorCritic
-from rustyrl_learner.rows import Minibatch, TrainingBatch
+from rustyrl_learner.rows import Epoch, Minibatch, TrainingBatch
 
-__all__ = ["Losses", "kl_estimate", "minibatch_gradient", "policy_gradient", "policy_loss", "ppo_update"]
+if TYPE_CHECKING:
+    from rustyrl_learner.graphs import EpochGraphs
+
+__all__ = ["Losses", "kl_estimate", "minibatch_gradient", "policy_gradient", "policy_loss", "ppo_update", "run_epoch"]
 __all__ += ["value_gradient", "value_loss"]
 
 
@@ -109,6 +114,7 @@ def ppo_update(
     learning_rate: float,
     generator: torch.Generator,
     on_minibatch: Callable[[], None] = lambda: None,
+    graphs: EpochGraphs | None = None,
 ) -> Losses:
     """Run all epochs over one batch; returns the learning rate to go on with among the `Losses`.
 
@@ -119,41 +125,88 @@ def ppo_update(
         config: epochs, minibatch size, coefficients.
         learning_rate: the rate of the first epoch.
         generator: of the shuffles, on the CPU so that every device trains in the same order.
-        on_minibatch: called after each optimiser step; may raise to abandon the update.
+        on_minibatch: called after each optimiser step, or after each epoch that is replayed; may raise to abandon the
+            update.
+        graphs: of this network and optimiser, if epochs are to be replayed on a GPU.
 
     Raises:
         FloatingPointError: naming the first loss or gradient that is not finite. On the CPU the parameters are then
             what they were before that optimiser step; elsewhere it is looked for once an epoch.
     """
-    count, device = batch.observation.shape[0], batch.observation.device
-    minibatches = max(1, round(count / config.minibatch_size))
-    edges = [count * i // minibatches for i in range(minibatches + 1)]
-    gradient = network.flat()[1].tensor
-    figures: list[Tensor] = []
-    first_ratio_error = 0.0
+    take = partial(run_epoch, network, optimizer, batch, config) if graphs is None else graphs.prepare(batch, config)
+    order = _shuffled(batch, generator)
+    numbers: list[list[float]] = []
     for epoch in range(config.epochs):
-        rows = batch.select(torch.randperm(count, generator=generator).to(device))
-        importance = (rows.proximal_log_prob - rows.behavior_log_prob).exp_().clamp_(max=MAX_IMPORTANCE)
-        seen: list[Minibatch] = []
-        for start, stop in itertools.pairwise(edges):
-            part, weight = rows.slice(start, stop), importance[start:stop]
-            result = minibatch_gradient(network, part, weight, config)
-            if not seen and epoch == 0:
-                first_ratio_error = (result.log_prob - part.behavior_log_prob).exp().sub(1).abs().max().item()
-            if device.type == "cpu" or stop == count:  # to look at a number waits for the device
-                _check_finite(network, part, weight, result, config)
-            _clip(gradient, result.gradient_norm, config.max_gradient_norm)
-            optimizer.step(learning_rate)
-            seen.append(result)
-            on_minibatch()
-        figures.append(_figures(rows, importance, seen, config))
-        kl = figures[-1][APPROX_KL].item()
+        done = take(order, learning_rate, on_minibatch)
+        if epoch + 1 < config.epochs:
+            order = _shuffled(batch, generator)  # while a device is at the epoch, which to look at numbers waits for
+        numbers.append(done.figures.tolist())
+        if not math.isfinite(numbers[-1][GRADIENT_NORM]):
+            _check_finite(network, done.rows, done.importance, done.last, config)
+        kl = numbers[-1][APPROX_KL]
         if config.schedule == "kl":
             learning_rate = _adapt(learning_rate, kl, config)
         if config.stop_kl and kl > config.stop_kl:
             break
-    policy, value, entropy, approx_kl, clipped, norm = torch.stack(figures).mean(0).tolist()
-    return Losses(policy, value, entropy, approx_kl, clipped, norm, first_ratio_error, len(figures), learning_rate)
+    means = (math.fsum(column) / len(numbers) for column in zip(*numbers, strict=True))
+    policy, value, entropy, approx_kl, clipped, norm, _ = means
+    first_ratio_error = numbers[0][FIRST_RATIO_ERROR]
+    return Losses(policy, value, entropy, approx_kl, clipped, norm, first_ratio_error, len(numbers), learning_rate)
+
+
+def _shuffled(batch: TrainingBatch, generator: torch.Generator) -> Tensor:
+    """`[N]` int64: the order of an epoch, on the batch's device once that comes to it."""
+    device, order = batch.advantage.device, torch.randperm(len(batch.advantage), generator=generator)
+    return order.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else order.to(device)
+
+
+def run_epoch(
+    network: ActorCritic,
+    optimizer: Optimizer,
+    batch: TrainingBatch,
+    config: PPOConfig,
+    order: Tensor,
+    learning_rate: float | Tensor,
+    on_minibatch: Callable[[], None] = lambda: None,
+    *,
+    watched: bool | None = None,
+) -> Epoch:
+    """Take an optimiser step for each minibatch of a batch.
+
+    Args:
+        network: changed in place.
+        optimizer: over the network's parameters.
+        batch: N rows.
+        config: minibatch size, coefficients.
+        order: `[N]` int64, of the rows.
+        learning_rate: a number, or `[]` on the device.
+        on_minibatch: called after each step.
+        watched: whether each gradient is looked at before its step, which waits for the device; on a CPU it is.
+
+    Raises:
+        FloatingPointError: where gradients are looked at.
+    """
+    watched = batch.advantage.device.type == "cpu" if watched is None else watched
+    count = len(batch.advantage)
+    minibatches = max(1, round(count / config.minibatch_size))
+    edges = [count * i // minibatches for i in range(minibatches + 1)]
+    gradient = network.flat()[1].tensor
+    rows = batch.select(order)
+    importance = (rows.proximal_log_prob - rows.behavior_log_prob).exp_().clamp_(max=MAX_IMPORTANCE)
+    seen: list[Minibatch] = []
+    for start, stop in itertools.pairwise(edges):
+        part, weight = rows.slice(start, stop), importance[start:stop]
+        result = minibatch_gradient(network, part, weight, config)
+        if watched:
+            _check_finite(network, part, weight, result, config)
+            if (scale := config.max_gradient_norm / (result.gradient_norm.item() + 1e-6)) < 1:
+                gradient.mul_(scale)
+        else:
+            gradient.mul_((config.max_gradient_norm / (result.gradient_norm + 1e-6)).clamp_(max=1.0))
+        optimizer.step(learning_rate)
+        seen.append(result)
+        on_minibatch()
+    return Epoch(_figures(rows, importance, seen, config), part, weight, result)
 
 
 @torch.no_grad()
@@ -196,26 +249,20 @@ def minibatch_gradient(network: ActorCritic, rows: TrainingBatch, importance: Te
     return Minibatch(advantage, **seen, gradient_norm=torch.linalg.vector_norm(into.tensor))
 
 
-def _clip(gradient: Tensor, norm: Tensor, largest: float) -> None:
-    """Scale a gradient whose norm is too large; on a CPU by a number, elsewhere without looking at it."""
-    if gradient.device.type != "cpu":
-        gradient.mul_((largest / (norm + 1e-6)).clamp_(max=1.0))
-    elif (scale := largest / (norm.item() + 1e-6)) < 1:
-        gradient.mul_(scale)
-
-
 # What an epoch comes to, in the order of `Losses`.
-POLICY_LOSS, VALUE_LOSS, ENTROPY, APPROX_KL, CLIP_FRACTION, GRADIENT_NORM = range(6)
+POLICY_LOSS, VALUE_LOSS, ENTROPY, APPROX_KL, CLIP_FRACTION, GRADIENT_NORM, FIRST_RATIO_ERROR = range(7)
 
 
 @torch.no_grad()
 def _figures(rows: TrainingBatch, importance: Tensor, seen: list[Minibatch], config: PPOConfig) -> Tensor:
-    """`[6]`, the means over the rows of these minibatches."""
+    """`[7]`, the means over the rows of these minibatches, and the largest error of the first one's ratios."""
     advantage, log_prob, value = (
         torch.cat([getattr(result, name) for result in seen]) for name in ("advantage", "log_prob", "value")
     )
     log_ratio = log_prob - rows.proximal_log_prob
     ratio = log_ratio.exp()
+    first = len(seen[0].log_prob)
+    since_collection = (log_prob[:first] - rows.behavior_log_prob[:first]).expm1()
     return torch.stack(
         [
             policy_loss(ratio, importance, advantage, config.clip),
@@ -224,6 +271,7 @@ def _figures(rows: TrainingBatch, importance: Tensor, seen: list[Minibatch], con
             kl_estimate(log_ratio),
             clip_fraction(ratio, config.clip),
             torch.stack([result.gradient_norm for result in seen]).mean(),
+            since_collection.abs().max(),
         ]
     )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Minibatch", "TrainingBatch"]
+__all__ = ["Epoch", "Minibatch", "TrainingBatch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +33,21 @@ class TrainingBatch:
 
     def select(self, rows: Tensor) -> TrainingBatch:
         """The rows `[n]` int64 of the batch, copied."""
-        return self._each(lambda array: _take(array, rows))
+        return self.map(lambda array: _take(array, rows))
 
     def slice(self, start: int, stop: int) -> TrainingBatch:
         """Rows ``start`` to ``stop`` of the batch, as views."""
-        return self._each(lambda array: array[start:stop])
+        return self.map(lambda array: array[start:stop])
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> TrainingBatch:
+    def copy_(self, other: TrainingBatch) -> None:
+        """Take the numbers of a batch of the same shapes."""
+        for name in self.__slots__:
+            room, given = getattr(self, name), getattr(other, name)
+            if room is not None:
+                room.copy_(given)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> TrainingBatch:
+        """The same of each tensor."""
         return TrainingBatch(
             change(self.observation),
             change(self.action),
@@ -71,3 +79,17 @@ class Minibatch:
     value: Tensor
     entropy: Tensor
     gradient_norm: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """What is kept of an epoch, on the device.
+
+    figures: `[7]`, see `rustyrl_learner.ppo`
+    rows, importance, last: of its last minibatch
+    """
+
+    figures: Tensor
+    rows: TrainingBatch
+    importance: Tensor
+    last: Minibatch

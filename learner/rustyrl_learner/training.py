@@ -16,6 +16,7 @@ from rustyrl.spec import EnvironmentSpec
 from rustyrl.weights import encode_weights, policy_spec, read_policy
 from rustyrl_learner.adam import Adam
 from rustyrl_learner.device import Threads, share_threads
+from rustyrl_learner.graphs import EpochGraphs
 from rustyrl_learner.network import ActorCritic, export_weights, import_weights
 from rustyrl_learner.normalizer import ObservationNormalizer, RewardNormalizer, ValueNormalizer
 
@@ -64,6 +65,9 @@ class Training:
             decay=config.ppo.weight_decay if config.ppo.optimizer == "adamw" else 0.0,
             kept=deviations,  # deviations that decay would draw every policy to the same width
         )
+        self.graphs: EpochGraphs | None = None
+        if device.type == "cuda" and config.run.cuda_graphs:
+            self.graphs = EpochGraphs(self.network, self.optimizer)
 
     @property
     def warming_up(self) -> bool:
