@@ -6,6 +6,7 @@ import hashlib
 import random
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def terminate(cluster: Cluster) -> None:
     """Stop it in good order."""
     cluster.process.send_signal(signal.SIGTERM)
     code, _, err = cluster.wait()
-    assert code == 143, err
+    assert code == 143, (code, err)
 
 
 def kill_everything(cluster: Cluster) -> None:
@@ -62,9 +63,16 @@ def interrupt_at(start: Callable[..., Cluster], arguments: tuple[str, ...], poin
         with (cluster.run / "metrics.jsonl").open("ab") as file:
             file.write(b'{"policy_version":99999,"steps":1,"seconds":2.5,'[:cut])
         cluster = start("train", "--resume", "--json", run=cluster.run)
+        poll(partial(_goes_on, cluster), "the resume")  # until then the rows are those of before
     code, _, err = cluster.wait(240)
     assert code == 0, err
     return cluster
+
+
+def _goes_on(cluster: Cluster) -> bool:
+    assert cluster.process.poll() is None, cluster.wait()
+    said = cluster.said()[1].replace("\n", " ")
+    return "going on from version" in said or "nothing to resume from" in said
 
 
 def assert_same_end(one: Cluster, two: Cluster) -> None:

@@ -29,8 +29,8 @@ WORLDS = {
 def test_interrupted_at_20_random_points_a_run_ends_in_the_bits_of_one_that_was_not(start, world):
     arguments, batch, seed = WORLDS[world]
     points = sorted(random.Random(seed).sample(range(2, 200), POINTS))
-    steps = str(batch * 205)
-    arguments = ("train", *arguments, "--actors", "2", "--total-steps", steps, *STATEFUL)
+    steps = str(batch * 250)
+    arguments = ("train", *arguments, "--actors", "2", "--total-steps", steps, *STATEFUL, "--set", "ppo.epochs=40")
     arguments += ("--set", "run.checkpoint_every=7", "--set", "run.checkpoints_kept=2")
     straight = start(*arguments)
     code, _, err = straight.wait(240)
@@ -40,7 +40,8 @@ def test_interrupted_at_20_random_points_a_run_ends_in_the_bits_of_one_that_was_
 
 def test_a_stop_too_short_for_the_batch_leaves_the_newest_exact_checkpoint_the_newest(start):
     arguments = ("train", "cartpole", "--actors", "1", "--total-steps", "1000000", *SMALL, *STATEFUL)
-    arguments += ("--set", "ppo.epochs=1000", "--set", "cluster.stop_s=2", "--set", "run.checkpoint_every_s=1000")
+    arguments += ("--set", "cluster.stop_s=2", "--set", "run.checkpoint_every_s=1000")
+    arguments += ("--set", "ppo.epochs=1000", "--set", "ppo.minibatch_size=1")  # minutes for an update
     cluster = start(*arguments)
     cluster.await_version(1)
     poll((cluster.run / "checkpoints" / "000000001").exists, "the first checkpoint")

@@ -15,7 +15,10 @@ SLACK_S = 3.0  # for this machine to schedule what the grace does not cover: int
 
 @pytest.mark.parametrize(
     ("number", "expected", "settings", "version"),
-    [(signal.SIGINT, 130, (), 3), (signal.SIGTERM, 143, ("--set", "ppo.epochs=1000"), 1)],
+    [
+        (signal.SIGINT, 130, (), 3),
+        (signal.SIGTERM, 143, ("--set", "ppo.epochs=1000", "--set", "ppo.minibatch_size=1"), 1),
+    ],
     ids=["interrupt", "terminate in a long update"],
 )
 def test_a_signal_ends_the_run_after_a_last_checkpoint(start, number, expected, settings, version):
