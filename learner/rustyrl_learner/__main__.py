@@ -15,6 +15,7 @@ import msgspec
 from rustyrl.config import build_config, read_config
 from rustyrl.control import ControlClient
 from rustyrl.errors import RunFailedError, UsageError
+from rustyrl.imports import uncollected
 from rustyrl.parent import allow_tracing, die_with_parent
 from rustyrl.spare import AWAIT, await_orders
 from rustyrl.spec import read_spec
@@ -26,7 +27,8 @@ def main(told: list[str] | None = None) -> int:
     die_with_parent(arguments.parent)
     if arguments.verb == AWAIT:
         try:
-            import rustyrl_learner.learner  # noqa: F401 - what takes its time
+            with uncollected():
+                import rustyrl_learner.learner  # noqa: F401 - what takes its time
         except BaseException:
             await_orders()  # so that it stands in the log why there is no learner
             raise
@@ -53,7 +55,8 @@ def main(told: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, control: ControlClient) -> int:
-    from rustyrl_learner.learner import Learner, run_learner  # torch: only after the launcher knows of us
+    with uncollected():
+        from rustyrl_learner.learner import Learner, run_learner  # torch: only after the launcher knows of us
 
     config = build_config(read_config(arguments.run / "config.toml"))
     spec = read_spec((arguments.run / "spec.json").read_bytes())
@@ -72,7 +75,8 @@ def _run(arguments: argparse.Namespace, control: ControlClient) -> int:
 
 
 def _doctor() -> int:
-    import torch
+    with uncollected():
+        import torch
 
     found = {"version": str(torch.__version__), "cuda_build": torch.version.cuda or "none", "device": "cpu"}
     if torch.cuda.is_available():
@@ -83,7 +87,8 @@ def _doctor() -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from rustyrl_learner.bench import measure_learner
+    with uncollected():
+        from rustyrl_learner.bench import measure_learner
 
     config, spec = build_config(read_config(arguments.config)), read_spec(arguments.spec.read_bytes())
     try:
