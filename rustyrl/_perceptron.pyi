@@ -13,16 +13,19 @@ def forward(
     threads: int,
     /,
 ) -> None: ...
-def ppo_gradient(
+def ppo_epoch(
     parameters: Floats,
     gradient: Floats,
     layers: NDArray[Any],
     blocks: NDArray[Any],
     quadrature: Floats,
     rows: tuple[Floats | None, ...],
-    outs: tuple[Floats | None, ...],
+    order: NDArray[Any],
+    edges: NDArray[Any],
+    outs: tuple[Floats, ...],
     numbers: tuple[float, ...],
+    adam: tuple[Any, ...] | None,
     threads: int,
     /,
-) -> None: ...
+) -> int: ...
 def supported() -> bool: ...

@@ -1,4 +1,4 @@
-"""Small perceptrons on a CPU, compiled: what networks say, and the gradient of a learner's whole loss.
+"""Small perceptrons on a CPU, compiled: what networks say, and a learner's optimiser steps.
 
 `c/perceptron.c` is compiled while rustyrl is installed, if there is a C compiler. Without one, or on a processor
 that it is not made for, numpy and torch compute the same, more slowly; ``rustyrl doctor`` says which.
@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable
 
 __all__ = ["ACTIVATIONS", "COMPILED", "MAX_THREADS", "OFF_VARIABLE", "PROBLEM"]
-__all__ += ["encode_activations", "forward", "ppo_gradient"]
+__all__ += ["encode_activations", "forward", "ppo_epoch"]
 
 ACTIVATIONS = {"identity": 0, "relu": 1, "tanh": 2}  # as in c/layers.h
 MAX_THREADS = 64
@@ -19,7 +19,7 @@ OFF_VARIABLE = "RUSTYRL_COMPILED"  # 0 switches it off, to compare with
 
 PROBLEM = ""  # why there is none
 try:
-    from rustyrl._perceptron import forward, ppo_gradient, supported
+    from rustyrl._perceptron import forward, ppo_epoch, supported
 except ImportError as error:
     PROBLEM = f"not compiled when rustyrl was installed: {error}"
 else:

@@ -1,4 +1,4 @@
-"""The gradient of the whole loss in compiled code: against autograd in float64, on every kind of action."""
+"""Gradients and optimiser steps in compiled code: against autograd in float64, and torch, on every kind of action."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ from rustyrl import perceptron
 from rustyrl.config import PPOConfig
 from rustyrl.spec import ActionSpec
 from rustyrl.weights import PolicySpec
+from rustyrl_learner import ppo
+from rustyrl_learner.adam import Adam
 from rustyrl_learner.device import share_threads
 from rustyrl_learner.network import ActorCritic
 from rustyrl_learner.ppo import minibatch_gradient, policy_loss, value_loss
-from rustyrl_learner.rows import Minibatch, TrainingBatch
+from rustyrl_learner.rows import APPROX_KL, GRADIENT_NORM, Minibatch, TrainingBatch
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -332,11 +334,11 @@ class Framed:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.frames: list[tuple[np.ndarray, np.ndarray]] = []
-        self.inner = perceptron.ppo_gradient
-        monkeypatch.setattr(perceptron, "ppo_gradient", self)
+        self.inner = perceptron.ppo_epoch
+        monkeypatch.setattr(perceptron, "ppo_epoch", self)
 
     def framed(self, array: Any) -> Any:
-        if array is None or array.dtype != np.float32:
+        if not isinstance(array, np.ndarray) or array.dtype != np.float32:
             return array
         whole = np.full(array.size + 64, np.float32(np.nan))
         inside = whole[32:-32].reshape(array.shape)
@@ -344,16 +346,17 @@ class Framed:
         self.frames.append((whole, array))
         return inside
 
-    def __call__(self, *given: Any) -> None:
+    def __call__(self, *given: Any) -> int:
         arguments = [
-            tuple(map(self.framed, argument)) if index in (5, 6) else argument if index > 6 else self.framed(argument)
+            tuple(map(self.framed, argument)) if isinstance(argument, tuple) else self.framed(argument)
             for index, argument in enumerate(given)
         ]
-        self.inner(*arguments)
+        taken = self.inner(*arguments)
         for whole, array in self.frames:
             assert np.isnan(whole[:32]).all()
             assert np.isnan(whole[-32:]).all()
             array[...] = whole[32:-32].reshape(array.shape)
+        return taken
 
 
 @EVERY
@@ -368,12 +371,13 @@ def test_nothing_is_written_or_read_beyond_the_arrays(kind: Kind, monkeypatch: p
 
 
 def call_of(network: ActorCritic, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What `ppo_gradient` is called with."""
+    """What `ppo_epoch` is called with."""
     seen: list[Any] = []
     with monkeypatch.context() as patch:
-        patch.setattr(perceptron, "ppo_gradient", lambda *given: seen.extend(given))
+        patch.setattr(perceptron, "ppo_epoch", lambda *given: seen.extend(given))
         gradient_of(network, batch_of(network, 20))
-    names = ("parameters", "gradient", "layers", "blocks", "quadrature", "rows", "outs", "numbers", "threads")
+    names = ("parameters", "gradient", "layers", "blocks", "quadrature", "rows", "order", "edges", "outs")
+    names += ("numbers", "adam", "threads")
     return dict(zip(names, seen, strict=True))
 
 
@@ -403,7 +407,7 @@ def test_layers_that_do_not_fit_are_refused(
     call = call_of(network_of(), monkeypatch)
     call["layers"] = changed(call["layers"], row, column, number)
     with pytest.raises(ValueError, match=message):
-        perceptron.ppo_gradient(*call.values())
+        perceptron.ppo_epoch(*call.values())
 
 
 @pytest.mark.parametrize(
@@ -426,7 +430,7 @@ def test_blocks_that_do_not_fit_are_refused(
     call = call_of(network_of(KINDS["masked-discrete"]), monkeypatch)
     call["blocks"] = changed(call["blocks"], 0, column, number)
     with pytest.raises(ValueError, match=message):
-        perceptron.ppo_gradient(*call.values())
+        perceptron.ppo_epoch(*call.values())
 
 
 @pytest.mark.parametrize(
@@ -444,7 +448,18 @@ def test_blocks_that_do_not_fit_are_refused(
         ("rows", 2, np.zeros((20, 5), np.float32), TypeError, "action_mask must hold bool"),
         ("rows", 5, np.zeros(19, np.float32), ValueError, r"an array of rows must be \[1, 20\]"),
         ("outs", 1, np.zeros(19, np.float32), ValueError, r"log_prob must be \[1, 20\]"),
-        ("outs", 3, np.zeros(1, np.float32), ValueError, r"figures must be \[1, 2\]"),
+        ("outs", 3, np.zeros((1, 5), np.float32), ValueError, r"figures must be \[1, 6\], got \[1, 5\]"),
+        ("edges", None, np.array([0, 20]), TypeError, "edges must hold int32"),
+        ("order", None, np.arange(20), TypeError, "order must hold int32"),
+        ("order", None, np.arange(1, 21, dtype=np.int32), ValueError, "names rows that there are not"),
+        ("order", None, np.arange(-1, 19, dtype=np.int32), ValueError, "names rows that there are not"),
+        ("order", None, np.arange(19, dtype=np.int32), ValueError, "edges do not fit the order"),
+        ("edges", None, np.array([20], np.int32), ValueError, "edges do not fit the order"),
+        ("edges", None, np.array([0, 21], np.int32), ValueError, "edges do not fit the order"),
+        ("edges", None, np.array([-1, 20], np.int32), ValueError, "edges do not fit the order"),
+        ("edges", None, np.array([0, 7, 7, 20], np.int32), ValueError, "edges do not rise"),
+        ("adam", None, (np.zeros(3, np.float32),) * 2 + (1.0,) * 6 + (0, 0), ValueError, "first moments must be"),
+        ("adam", None, (), TypeError, "takes exactly 10 arguments"),
         ("threads", None, 65, ValueError, "threads must be 1 to 64, got 65"),
     ],
 )
@@ -457,7 +472,130 @@ def test_arrays_that_do_not_fit_are_refused_with_what_was_expected(
         given[index] = value
     call[name] = value if index is None else tuple(given)
     with pytest.raises(error, match=message):
-        perceptron.ppo_gradient(*call.values())
+        perceptron.ppo_epoch(*call.values())
+
+
+@pytest.mark.parametrize(("kept", "steps"), [(-1, 0), (0, -1)])
+def test_steps_that_cannot_be_are_refused(kept: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = call_of(network_of(), monkeypatch)
+    call["adam"] = (*(np.zeros_like(call["parameters"]) for _ in range(2)), *(1.0,) * 6, kept, steps)
+    with pytest.raises(ValueError, match="can be negative"):
+        perceptron.ppo_epoch(*call.values())
+
+
+class Trained:
+    """A network and what optimises it, by compiled code or by torch."""
+
+    def __init__(self, kind: Kind, compiled: int, *, shared: bool = False, hidden: tuple[int, ...] = (16, 8)) -> None:
+        self.network = network_of(kind, hidden, shared=shared, compiled=compiled)
+        self.parameters, gradient = (flat.tensor for flat in self.network.flat())
+        kept = 0 if self.network.log_std is None else self.network.log_std.numel()
+        self.adam = Adam(self.parameters, gradient, epsilon=1e-5, decay=0.3, kept=kept)
+
+    def epoch(self, rows: TrainingBatch, config: PPOConfig, seed: int, **more: Any) -> list[float]:
+        order = torch.randperm(len(rows.advantage), generator=torch.Generator().manual_seed(seed))
+        return ppo.run_epoch(self.network, self.adam, rows, config, order, 3e-3, **more).figures.tolist()
+
+
+STEPPING = msgspec.structs.replace(CONFIG, minibatch_size=30, max_gradient_norm=0.4)
+
+
+@EVERY
+@pytest.mark.parametrize("shared", [False, True])
+def test_steps_and_figures_are_those_of_torch(kind: Kind, shared: bool) -> None:
+    ours, theirs = (Trained(kind, compiled, shared=shared) for compiled in (2, 0))
+    rows, norms = batch_of(ours.network, 200), []
+    for epoch, config in enumerate(
+        (STEPPING, msgspec.structs.replace(STEPPING, value_clip=0.0, max_gradient_norm=9.0))
+    ):
+        found, expected = ours.epoch(rows, config, epoch), theirs.epoch(rows, config, epoch)
+        assert found == pytest.approx(expected, rel=2e-3, abs=1e-5)
+        assert ours.adam.steps == theirs.adam.steps == 7 * (epoch + 1)
+        norms.append(found[GRADIENT_NORM])
+        torch.testing.assert_close(ours.parameters, theirs.parameters, rtol=1e-3, atol=1e-4)
+    assert norms[0] > STEPPING.max_gradient_norm
+    torch.testing.assert_close(ours.adam.first, theirs.adam.first, rtol=2e-3, atol=1e-4)
+    torch.testing.assert_close(ours.adam.second, theirs.adam.second, rtol=5e-3, atol=1e-6)
+    assert ours.adam._taken == theirs.adam._taken
+
+
+def test_a_step_is_adams_to_the_roundings() -> None:
+    """On one gradient, so that no rounding of before is divided by its root."""
+    ours, theirs = (Trained(KINDS["dict"], compiled) for compiled in (1, 0))
+    rows, config = batch_of(ours.network, 64), msgspec.structs.replace(CONFIG, minibatch_size=64, max_gradient_norm=1e9)
+    for steps in (0, 1, 50, 100_000):
+        for side in (ours, theirs):
+            side.adam.set_steps(steps)
+            side.adam.first.fill_(0.02)
+            side.adam.second.fill_(0.003)
+            side.parameters.copy_(torch.linspace(-1, 1, len(side.parameters)))
+        before = ours.parameters.clone()
+        for side in (ours, theirs):
+            side.epoch(rows, config, 0)
+        torch.testing.assert_close(ours.parameters - before, theirs.parameters - before, rtol=1e-4, atol=3e-7)
+
+
+def test_a_stop_is_asked_for_after_as_much_as_is_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parts = Trained(KINDS["dict"], 1), Trained(KINDS["dict"], 1)
+    rows, asked = batch_of(whole.network, 200), []
+    expected = whole.epoch(rows, STEPPING, 0, on_minibatch=lambda: asked.append(0))
+    monkeypatch.setattr(ppo, "AT_ONCE", 90 * len(whole.parameters))
+    assert parts.epoch(rows, STEPPING, 0, on_minibatch=lambda: asked.append(1)) == pytest.approx(expected, rel=1e-6)
+    assert asked == [0, 1, 1, 1]  # seven minibatches of 28 or 29, three at a time
+    assert torch.equal(whole.parameters, parts.parameters)
+    assert torch.equal(whole.adam.second, parts.adam.second)
+
+
+def test_steps_are_the_same_bits_with_any_number_of_threads() -> None:
+    sides = [Trained(KINDS["squashed-dict"], threads, hidden=(64, 64)) for threads in (1, 2, 3)]
+    config = msgspec.structs.replace(STEPPING, minibatch_size=1024)
+    figures = [side.epoch(batch_of(side.network, 3000), config, 0) for side in sides]
+    assert figures[0] == figures[1] == figures[2]
+    assert all(torch.equal(sides[0].parameters, side.parameters) for side in sides[1:])
+
+
+@pytest.mark.parametrize("at_once", [1, 1 << 30])
+def test_a_gradient_that_is_not_finite_is_not_stepped_along(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ppo, "AT_ONCE", at_once)
+    side, twin = Trained(KINDS["discrete"], 1), Trained(KINDS["discrete"], 1)
+    rows = batch_of(side.network, 200)
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    rows.value_target[order[100]] = math.inf  # in the fourth minibatch of seven
+    with pytest.raises(FloatingPointError, match="the value loss is inf"):
+        side.epoch(rows, STEPPING, 0)
+    assert side.adam.steps == int(side.adam._taken) == 3
+    assert side.parameters.isfinite().all()
+    for start, stop in ((0, 28), (28, 57), (57, 85)):
+        fine = rows.select(order[start:stop])
+        ppo.run_epoch(twin.network, twin.adam, fine, STEPPING, torch.arange(stop - start), 3e-3)
+    torch.testing.assert_close(side.parameters, twin.parameters)
+
+
+@pytest.mark.parametrize("drift", [1e-5, 1e-3, 0.1, 0.49, 0.51, 2.0])
+def test_the_divergence_keeps_its_digits_however_small_it_is(drift: float) -> None:
+    side = Trained(KINDS["box"], 1)
+    rows = batch_of(side.network, 200)
+    exact = expected_of(side.network, rows, CONFIG)[0].log_prob.detach()
+    proximal = (exact + drift).float()
+    found = side.epoch(
+        replace(rows, proximal_log_prob=proximal), msgspec.structs.replace(CONFIG, minibatch_size=200), 0
+    )
+    apart = exact - proximal.double()
+    expected = (torch.expm1(apart) - apart).mean().item()
+    # what is left of log-probabilities near 3 has roundings of some 1e-6
+    assert found[APPROX_KL] == pytest.approx(expected, rel=max(3e-6, 3e-6 / drift))
+
+
+def test_nothing_is_written_or_read_beyond_the_arrays_by_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (KINDS["squashed-dict"], KINDS["half-masked"]):
+        sides = [Trained(kind, 1) for _ in range(2)]
+        rows, (plain, framed) = batch_of(sides[0].network, 101), sides
+        plain.epoch(rows, STEPPING, 0)
+        with monkeypatch.context() as patch:
+            watched = Framed(patch)
+            framed.epoch(rows, STEPPING, 0)
+        assert len(watched.frames) > 10
+        assert torch.equal(plain.parameters, framed.parameters)
 
 
 def test_what_is_said_of_threads_is_what_networks_do() -> None:
@@ -473,9 +611,9 @@ def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     arrays = [call["parameters"], call["layers"], call["quadrature"], *call["rows"], *call["outs"]]
     counts = [sys.getrefcount(array) for array in arrays]
     for _ in range(500):
-        perceptron.ppo_gradient(*call.values())
+        perceptron.ppo_epoch(*call.values())
         with pytest.raises(ValueError, match="threads"):
-            perceptron.ppo_gradient(*(call | {"threads": 0}).values())
+            perceptron.ppo_epoch(*(call | {"threads": 0}).values())
         with pytest.raises(ValueError, match="too many layers"):
-            perceptron.ppo_gradient(*(call | {"layers": np.zeros((65, 6), np.int32)}).values())
+            perceptron.ppo_epoch(*(call | {"layers": np.zeros((65, 6), np.int32)}).values())
     assert [sys.getrefcount(array) for array in arrays] == counts

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Adam", "Optimizer"]
+__all__ = ["Adam", "Moving", "Optimizer"]
 
 PREFIX = "optimizer."
-SETTINGS: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
+BETAS = (0.9, 0.999)
+SETTINGS: dict[str, Any] = {
+    "beta1": BETAS[0],
+    "beta2": BETAS[1],
+    "weight_decay": 0.0,
+    "amsgrad": False,
+    "maximize": False,
+}
+
+# What compiled code takes steps by: moments `[P]`, rate, beta1, beta2, epsilon, decay, the largest norm of a gradient,
+# how many parameters at the start do not decay, steps taken.
+Moving = tuple[NDArray[np.float32], NDArray[np.float32], float, float, float, float, float, float, int, int]
 
 
 class Optimizer(Protocol):
@@ -41,6 +54,7 @@ class Adam:
         self._gradient = gradient
         self._epsilon = epsilon
         self._decay = decay
+        self._kept = kept
         self._decaying = block[kept:]
         self.steps = 0
         self._taken = block.new_zeros(())  # steps, where the operation looks for them
@@ -63,6 +77,11 @@ class Adam:
             [self._taken],
         )
         torch._fused_adam_(*state, lr=learning_rate, eps=self._epsilon, **SETTINGS)
+
+    def moving(self, learning_rate: float, largest_norm: float) -> Moving:
+        """Where compiled code goes on from, on a CPU; who has it take steps says so by `set_steps`."""
+        moments = self.first.numpy(), self.second.numpy()
+        return *moments, learning_rate, *BETAS, self._epsilon, self._decay, largest_norm, self._kept, self.steps
 
     def set_steps(self, steps: int) -> None:
         """Go on as after so many."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rustyrl.perceptron import encode_activations
 from rustyrl.weights import PolicySpec, Weights
-from rustyrl_learner.compiled import CompiledGradient
+from rustyrl_learner.compiled import CompiledEpoch
 from rustyrl_learner.distribution import ActionDistribution
 from rustyrl_learner.lanes import Lanes, Scratch
 from rustyrl_learner.normalizer import ObservationNormalizer
@@ -101,7 +101,7 @@ class ActorCritic(nn.Module):
         self._flat: tuple[Flat, Flat] | None = None
         hidden = [spec.activation] * len(spec.hidden)
         self._threads = compiled if encode_activations([*hidden, "identity"]) is not None else 0
-        self.compiled: CompiledGradient | None = None  # of the whole loss, once the parameters lie where they stay
+        self.compiled: CompiledEpoch | None = None  # once the parameters lie where they stay
         make = partial(Perceptron, threads=self._threads)
         self._trunk = make(hidden, "policy") if shared and hidden else None
         if shared:
@@ -125,7 +125,7 @@ class ActorCritic(nn.Module):
             for name, parameter in self.named_parameters():
                 parameter.data, parameter.grad = (flat.views[name] for flat in self._flat)
             if self._threads:
-                self.compiled = CompiledGradient(self.distribution, self.spec.activation, *self._flat, self._threads)
+                self.compiled = CompiledEpoch(self.distribution, self.spec.activation, *self._flat, self._threads)
         return self._flat
 
     @torch.no_grad()

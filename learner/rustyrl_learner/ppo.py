@@ -13,9 +13,19 @@ import torch
 from torch import Tensor
 
 from rustyrl.config import PPOConfig
-from rustyrl_learner.adam import Optimizer
+from rustyrl_learner.adam import Adam, Optimizer
 from rustyrl_learner.network import ActorCritic
-from rustyrl_learner.rows import Epoch, Minibatch, TrainingBatch
+from rustyrl_learner.rows import (
+    APPROX_KL,
+    ENTROPY,
+    FIRST_RATIO_ERROR,
+    GRADIENT_NORM,
+    POLICY_LOSS,
+    VALUE_LOSS,
+    Epoch,
+    Minibatch,
+    TrainingBatch,
+)
 
 if TYPE_CHECKING:
     from rustyrl_learner.graphs import EpochGraphs
@@ -24,6 +34,7 @@ __all__ = ["Losses", "kl_estimate", "minibatch_gradient", "policy_gradient", "po
 __all__ += ["value_gradient", "value_loss"]
 
 
+AT_ONCE = 1 << 30  # rows times parameters that compiled code takes at once: a twentieth of a second on two cores
 MAX_IMPORTANCE = 2.0  # truncates the weight of what the version that collected it found unlikely
 
 
@@ -125,8 +136,8 @@ def ppo_update(
         config: epochs, minibatch size, coefficients.
         learning_rate: the rate of the first epoch.
         generator: of the shuffles, on the CPU so that every device trains in the same order.
-        on_minibatch: called after each optimiser step, or after each epoch that is replayed; may raise to abandon the
-            update.
+        on_minibatch: called after each optimiser step, or after several that are one piece of work; may raise to
+            abandon the update.
         graphs: of this network and optimiser, if epochs are to be replayed on a GPU.
 
     Raises:
@@ -142,7 +153,7 @@ def ppo_update(
             order = _shuffled(batch, generator)  # while a device is at the epoch, which to look at numbers waits for
         numbers.append(done.figures.tolist())
         if not math.isfinite(numbers[-1][GRADIENT_NORM]):
-            _check_finite(network, done.rows, done.importance, done.last, config)
+            done.check()
         kl = numbers[-1][APPROX_KL]
         if config.schedule == "kl":
             learning_rate = _adapt(learning_rate, kl, config)
@@ -180,7 +191,7 @@ def run_epoch(
         config: minibatch size, coefficients.
         order: `[N]` int64, of the rows.
         learning_rate: a number, or `[]` on the device.
-        on_minibatch: called after each step.
+        on_minibatch: called after each step, or after several that compiled code takes.
         watched: whether each gradient is looked at before its step, which waits for the device; on a CPU it is.
 
     Raises:
@@ -190,9 +201,12 @@ def run_epoch(
     count = len(batch.advantage)
     minibatches = max(1, round(count / config.minibatch_size))
     edges = [count * i // minibatches for i in range(minibatches + 1)]
+    if network.compiled is not None and isinstance(optimizer, Adam):
+        take = partial(network.compiled.steps, adam=optimizer, learning_rate=float(learning_rate))
+        return _compiled_epoch(network, take, batch, config, order, edges, on_minibatch)
     gradient = network.flat()[1].tensor
     rows = batch.select(order)
-    importance = (rows.proximal_log_prob - rows.behavior_log_prob).exp_().clamp_(max=MAX_IMPORTANCE)
+    importance = _importance(rows)
     seen: list[Minibatch] = []
     for start, stop in itertools.pairwise(edges):
         part, weight = rows.slice(start, stop), importance[start:stop]
@@ -206,7 +220,43 @@ def run_epoch(
         optimizer.step(learning_rate)
         seen.append(result)
         on_minibatch()
-    return Epoch(_figures(rows, importance, seen, config), part, weight, result)
+    figures = _figures(rows, importance, seen, config, edges[1])
+    return Epoch(figures, partial(_check_finite, network, part, weight, result, config))
+
+
+def _compiled_epoch(
+    network: ActorCritic,
+    take: Callable[..., tuple[int, Tensor, Tensor]],
+    batch: TrainingBatch,
+    config: PPOConfig,
+    order: Tensor,
+    edges: list[int],
+    on_minibatch: Callable[[], None],
+) -> Epoch:
+    """`run_epoch` by `CompiledEpoch.steps`, as many minibatches at a time as do not keep a stop waiting."""
+    minibatches, importance = len(edges) - 1, _importance(batch)
+    each = max(1, minibatches * AT_ONCE // (edges[-1] * network.flat()[0].tensor.numel()))
+    figures: list[Tensor] = []
+    for first in range(0, minibatches, each):
+        some = edges[first : first + each + 1]
+        taken, of_each, log_prob = take(batch, importance, config, order, some)
+        if taken < len(some) - 1:
+            wrong = order[some[taken] : some[taken + 1]]
+            given = network, batch.select(wrong), importance[wrong]
+            _check_finite(*given, minibatch_gradient(*given, config), config)
+        if not first:
+            error = _ratio_error(log_prob, batch.behavior_log_prob[order[: edges[1]]])
+        figures.append(of_each)
+        on_minibatch()
+    found = torch.cat(figures)
+    means = torch.tensor(edges).diff().float() @ found / edges[-1]
+    means[ENTROPY], means[GRADIENT_NORM] = found[:, ENTROPY].mean(), found[:, GRADIENT_NORM].mean()
+    return Epoch(torch.cat([means, error[None]]), lambda: None)  # gradients were looked at
+
+
+def _importance(batch: TrainingBatch) -> Tensor:
+    """`[N]`, see `policy_loss`."""
+    return (batch.proximal_log_prob - batch.behavior_log_prob).exp_().clamp_(max=MAX_IMPORTANCE)
 
 
 @torch.no_grad()
@@ -224,7 +274,7 @@ def minibatch_gradient(network: ActorCritic, rows: TrainingBatch, importance: Te
     """
     parameters, into = network.flat()
     if network.compiled is not None:
-        return network.compiled(rows, importance, config)
+        return network.compiled.gradient(rows, importance, config)
     count = len(importance)
     advantage = rows.advantage
     if config.normalize_advantage and count > 1:
@@ -249,31 +299,30 @@ def minibatch_gradient(network: ActorCritic, rows: TrainingBatch, importance: Te
     return Minibatch(advantage, **seen, gradient_norm=torch.linalg.vector_norm(into.tensor))
 
 
-# What an epoch comes to, in the order of `Losses`.
-POLICY_LOSS, VALUE_LOSS, ENTROPY, APPROX_KL, CLIP_FRACTION, GRADIENT_NORM, FIRST_RATIO_ERROR = range(7)
-
-
 @torch.no_grad()
-def _figures(rows: TrainingBatch, importance: Tensor, seen: list[Minibatch], config: PPOConfig) -> Tensor:
-    """`[7]`, the means over the rows of these minibatches, and the largest error of the first one's ratios."""
+def _figures(rows: TrainingBatch, importance: Tensor, seen: list[Minibatch], config: PPOConfig, first: int) -> Tensor:
+    """`[7]`, the means over the rows of these minibatches, and the largest error of the ``first`` ratios."""
     advantage, log_prob, value = (
         torch.cat([getattr(result, name) for result in seen]) for name in ("advantage", "log_prob", "value")
     )
     log_ratio = log_prob - rows.proximal_log_prob
     ratio = log_ratio.exp()
-    first = len(seen[0].log_prob)
-    since_collection = (log_prob[:first] - rows.behavior_log_prob[:first]).expm1()
     return torch.stack(
         [
             policy_loss(ratio, importance, advantage, config.clip),
             value_loss(value, rows.value, rows.value_target, config.value_clip),
-            torch.stack([result.entropy for result in seen]).mean(),
+            torch.cat([result.entropy.reshape(-1) for result in seen]).mean(),
             kl_estimate(log_ratio),
             clip_fraction(ratio, config.clip),
-            torch.stack([result.gradient_norm for result in seen]).mean(),
-            since_collection.abs().max(),
+            torch.cat([result.gradient_norm.reshape(-1) for result in seen]).mean(),
+            _ratio_error(log_prob, rows.behavior_log_prob[:first]),
         ]
     )
+
+
+def _ratio_error(log_prob: Tensor, behavior_log_prob: Tensor) -> Tensor:
+    """`[]`: the largest |probability now / at collection - 1| of the first rows, by those that are given of them."""
+    return (log_prob[: len(behavior_log_prob)] - behavior_log_prob).expm1_().abs_().max()
 
 
 def _check_finite(
@@ -281,7 +330,7 @@ def _check_finite(
 ) -> None:
     if math.isfinite(result.gradient_norm.item()):  # what is not finite in a loss is not in its gradient either
         return
-    figures = _figures(rows, importance, [result], config)
+    figures = _figures(rows, importance, [result], config, len(importance))
     for name, index in (("policy loss", POLICY_LOSS), ("value loss", VALUE_LOSS), ("entropy", ENTROPY)):
         if not torch.isfinite(figures[index]):
             raise FloatingPointError(f"the {name} is {figures[index].item()}")

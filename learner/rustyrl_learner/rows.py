@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Epoch", "Minibatch", "TrainingBatch"]
+__all__ = ["APPROX_KL", "CLIP_FRACTION", "ENTROPY", "FIRST_RATIO_ERROR", "GRADIENT_NORM", "POLICY_LOSS", "VALUE_LOSS"]
+__all__ += ["Epoch", "Minibatch", "TrainingBatch"]
+
+# What an epoch comes to, in the order of `rustyrl_learner.ppo.Losses`.
+POLICY_LOSS, VALUE_LOSS, ENTROPY, APPROX_KL, CLIP_FRACTION, GRADIENT_NORM, FIRST_RATIO_ERROR = range(7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +87,11 @@ class Minibatch:
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """What is kept of an epoch, on the device.
+    """What is kept of an epoch.
 
-    figures: `[7]`, see `rustyrl_learner.ppo`
-    rows, importance, last: of its last minibatch
+    figures: `[7]`, means over its minibatches, and the largest error of the first one's ratios
+    check: raises `FloatingPointError` if a gradient was not finite, naming what was not in its last minibatch
     """
 
     figures: Tensor
-    rows: TrainingBatch
-    importance: Tensor
-    last: Minibatch
+    check: Callable[[], None]

@@ -22,18 +22,21 @@ typedef struct {
  * parameters: all of them, for those that are log_std
  * nodes, weights: [points], of the expectation under a standard normal
  * log_prob_start, entropy_start: what they are before a row is looked at
- * of the rows: action [N, A], mask [N, masks], the others [N]; log_prob and value are written
+ * order: [n], which rows these are
+ * of all rows: action [N, A], mask [N, masks], the others [N]
+ * of these rows, in their order: advantage [n]; log_prob and value [n] are written
  * clip, value_clip: see policy_loss and value_loss
- * each: 1 / N; dentropy, dvalue: the loss by the entropy, and by the gradient of value_loss, of one row
+ * each: 1 / n; dentropy, dvalue: the loss by the entropy, and by the gradient of value_loss, of one row
  */
 typedef struct {
     const Block *blocks;
     size count, points, masks;
     const float *parameters, *nodes, *weights;
     float log_prob_start, entropy_start;
+    const int32_t *order;
     Matrix action;
     const unsigned char *mask;
-    const float *proximal, *importance, *advantage, *old_value, *target;
+    const float *proximal, *importance, *old_value, *target, *advantage;
     float *log_prob, *value;
     float clip, value_clip, each, dentropy, dvalue;
 } Loss;
@@ -47,21 +50,23 @@ typedef struct {
     float *log_prob, *entropy, *dlog_prob;
 } Columns;
 
-/* Rows of an array of numbers as a column, 0 beyond them. */
-static void fetch(const float *from, size stride, size rows, float *to)
+/* What is added up over rows, and then a mean; the same as in rustyrl_learner/ppo.py, where the norm follows. */
+enum { POLICY_LOSS, VALUE_LOSS, ENTROPY, APPROX_KL, CLIP_FRACTION, SUMS, NORM = SUMS, FIGURES };
+
+/* Those rows of an array of numbers as a column, 0 beyond them. */
+static void fetch(const float *from, size stride, const int32_t *order, size rows, float *to)
 {
     for (size r = 0; r < rows; r++)
-        to[r] = from[r * stride];
+        to[r] = from[order[r] * stride];
     memset(to + rows, 0, sizeof(float) * (TILE - rows));
 }
 
 /* Eight of them from row r of the tile on. */
-INLINE vec fetch_eight(const float *from, size rows, size r)
+INLINE vec fetch_eight(const float *from, const int32_t *order, size rows, size r)
 {
     float some[LANE] = {0};
-    if (r + LANE <= rows)
-        return load(from + r);
-    memcpy(some, from + r, sizeof(float) * (rows - r));
+    for (size i = 0; i < LANE && r + i < rows; i++)
+        some[i] = from[order[r + i]];
     return load(some);
 }
 
@@ -74,6 +79,18 @@ INLINE mask present(size rows, size r)
 
 INLINE void add_to(float *at, vec v) { store(at, load(at) + v); }
 
+/* exp(x) - 1 - x, with all digits where x is small. */
+INLINE vec above_tangent(vec x, vec exponential_of)
+{
+    vec p = x * 2.48015873e-5f + 1.98412698e-4f;
+    p = p * x + 1.38888889e-3f;
+    p = p * x + 8.33333333e-3f;
+    p = p * x + 4.16666667e-2f;
+    p = p * x + 1.66666667e-1f;
+    p = p * x + 0.5f;
+    return choose(positive(x) < spread(0.5f), p * x * x, exponential_of - 1 - x);
+}
+
 /* log(1 - tanh(u)^2), and tanh(u). */
 INLINE vec squash(vec u, vec *tanh)
 {
@@ -84,12 +101,12 @@ INLINE vec squash(vec u, vec *tanh)
 
 /* Of k choices: log-probability and entropy; `outputs` becomes the logarithms of their probabilities, which `doutputs`
  * become. */
-FAST static void trace_choices(const Loss *loss, const Block *block, const Columns *at, size first, size rows)
+FAST static void trace_choices(const Loss *loss, const Block *block, const Columns *at, const int32_t *order, size rows)
 {
     if (block->extra >= 0)
         for (size i = 0; i < block->groups * block->choices; i++)
             for (size r = 0; r < rows; r++)
-                if (!loss->mask[(first + r) * loss->masks + block->extra + i])
+                if (!loss->mask[order[r] * loss->masks + block->extra + i])
                     at->outputs[(block->output + i) * TILE + r] = MASKED;
     for (size g = 0; g < block->groups; g++) {
         size start = (block->output + g * block->choices) * TILE, end = start + block->choices * TILE;
@@ -179,41 +196,64 @@ FAST static void differentiate_box(const Loss *loss, const Block *block, const C
     }
 }
 
-/* From outputs and values of rows `first` on to their gradients; returns the sum of the entropies. */
-FAST static float lose(const Loss *loss, const Columns *at, size outputs, size first, size rows, float *gradients)
+/* What log-probabilities and entropies begin with under the parameters as they are. */
+static void begin_loss(Loss *loss, float log_half)
 {
+    loss->log_prob_start = -log_half;
+    loss->entropy_start = log_half;
+    for (const Block *block = loss->blocks; block < loss->blocks + loss->count; block++)
+        for (size a = 0; block->kind != CHOICE && a < block->groups; a++) {
+            float log_std = loss->parameters[block->extra + a];
+            loss->log_prob_start -= log_std + 0.5f * LOG_2_PI;
+            loss->entropy_start += log_std + 0.5f * (1 + LOG_2_PI);
+        }
+}
+
+/* From outputs and values of rows `first` on to their gradients; adds up what `sums` are of. */
+FAST static void lose(const Loss *loss, const Columns *at, size outputs, size first, size rows, float *gradients,
+                      float *sums)
+{
+    const int32_t *order = loss->order + first;
+    float advantages[TILE] = {0};
+    memcpy(advantages, loss->advantage + first, sizeof(float) * rows);
     for (size i = 0; i < outputs; i++)
         memset(at->outputs + i * TILE + rows, 0, sizeof(float) * (TILE - rows));
     memset(at->value + rows, 0, sizeof(float) * (TILE - rows));
     for (size i = 0; i < loss->action.columns; i++)
-        fetch(loss->action.at + first * loss->action.row + i * loss->action.column, loss->action.row, rows,
-              at->action + i * TILE);
+        fetch(loss->action.at + i * loss->action.column, loss->action.row, order, rows, at->action + i * TILE);
     for (size r = 0; r < TILE; r += LANE) {
         store(at->log_prob + r, spread(loss->log_prob_start));
         store(at->entropy + r, spread(loss->entropy_start));
     }
     for (const Block *block = loss->blocks; block < loss->blocks + loss->count; block++)
         if (block->kind == CHOICE)
-            trace_choices(loss, block, at, first, rows);
+            trace_choices(loss, block, at, order, rows);
         else
             trace_box(loss, block, at, rows, gradients);
     memcpy(loss->log_prob + first, at->log_prob, sizeof(float) * rows);
     memcpy(loss->value + first, at->value, sizeof(float) * rows);
-    vec entropies = spread(0);
+    vec sum[SUMS] = {0};
     for (size r = 0; r < rows; r += LANE) {
-        vec advantage = fetch_eight(loss->advantage + first, rows, r), old = fetch_eight(loss->old_value + first, rows, r);
-        vec ratio = exponential(load(at->log_prob + r) - fetch_eight(loss->proximal + first, rows, r));
+        mask here = present(rows, r);
+        vec advantage = load(advantages + r), old = fetch_eight(loss->old_value, order, rows, r);
+        vec log_ratio = load(at->log_prob + r) - fetch_eight(loss->proximal, order, rows, r);
+        vec ratio = exponential(log_ratio), importance = fetch_eight(loss->importance, order, rows, r);
         vec gain = ratio * advantage, limit = clamp(ratio, 1 - loss->clip, 1 + loss->clip) * advantage;
-        vec weight = fetch_eight(loss->importance + first, rows, r) * -loss->each;
-        vec dlog_prob = choose(gain > limit, spread(0), gain) * weight;
-        store(at->dlog_prob + r, choose(present(rows, r), dlog_prob, spread(0))); /* of no row may a ratio be infinite */
-        entropies += choose(present(rows, r), load(at->entropy + r), spread(0));
-        vec value = load(at->value + r), target = fetch_eight(loss->target + first, rows, r), error = value - target;
+        vec dlog_prob = choose(gain > limit, spread(0), gain) * (importance * -loss->each);
+        store(at->dlog_prob + r, choose(here, dlog_prob, spread(0))); /* of no row may a ratio be infinite */
+        sum[POLICY_LOSS] -= choose(here, choose(gain > limit, limit, gain) * importance, spread(0));
+        sum[ENTROPY] += choose(here, load(at->entropy + r), spread(0));
+        sum[APPROX_KL] += choose(here, above_tangent(log_ratio, ratio), spread(0));
+        sum[CLIP_FRACTION] += choose(here & (positive(ratio - 1) > spread(loss->clip)), spread(1), spread(0));
+        vec value = load(at->value + r), target = fetch_eight(loss->target, order, rows, r), error = value - target;
+        vec square = error * error;
         if (loss->value_clip > 0) {
             vec change = value - old, clipped = old + clamp(change, -loss->value_clip, loss->value_clip) - target;
             mask beyond = (positive(change) > spread(loss->value_clip)) & (positive(clipped) > positive(error));
+            square = choose(positive(clipped) > positive(error), clipped * clipped, square);
             error = choose(beyond, spread(0), error);
         }
+        sum[VALUE_LOSS] += choose(here, square * 0.5f, spread(0));
         store(at->dvalue + r, error * loss->dvalue);
     }
     for (const Block *block = loss->blocks; block < loss->blocks + loss->count; block++)
@@ -221,5 +261,6 @@ FAST static float lose(const Loss *loss, const Columns *at, size outputs, size f
             differentiate_choices(loss, block, at, rows);
         else
             differentiate_box(loss, block, at, rows, gradients);
-    return total(entropies);
+    for (int i = 0; i < SUMS; i++)
+        sums[i] += total(sum[i]);
 }

@@ -1,4 +1,4 @@
-/* Small perceptrons on a CPU: what an actor's policy says, and the gradient of a learner's whole loss.
+/* Small perceptrons on a CPU: what an actor's policy says, and a learner's optimiser steps, one minibatch after the other.
  *
  * A tile of rows goes through everything, forth and back, before the next: layers.h, and in between loss.h. Tiles make
  * pieces, which threads take: threads.h. Arithmetic is in a fixed order: the same numbers give the same bits on the same
@@ -18,6 +18,7 @@
 #include "threads.h"
 #include "layers.h"
 #include "loss.h"
+#include "adam.h"
 
 enum { MAX_LAYERS = 64, MAX_PARTIAL = 1 << 23 }; /* numbers in gradients of pieces */
 
@@ -52,25 +53,42 @@ enum { TRUNK, POLICY, CRITIC, PARTS };
 /* parts: the layers of a part are those from parts[part] to parts[part + 1]
  * outputs: how many the policy has
  * parameters: how many there are
- * partial: [pieces, parameters + 1], gradients and the sum of entropies of each piece
- * The others are where in a thread's room something is: `kept` what comes out of each layer.
+ * most: pieces of a minibatch
+ * panels: where the layers' weights are brought to
+ * partial: [pieces, parameters + SUMS], gradients and sums of each piece
+ * The others are where in a thread's room something is: `tile` what goes in, `kept` what comes out of each layer.
  */
 typedef struct {
     Work work;
     Matrix x;
     Layer layers[MAX_LAYERS];
     Loss loss;
-    size parts[PARTS + 1], outputs, parameters;
-    float *partial;
-    size kept[MAX_LAYERS], columns, dfeatures, dz, between[2], sums;
+    size parts[PARTS + 1], outputs, parameters, most;
+    float *panels, *partial;
+    size tile, kept[MAX_LAYERS], columns, dfeatures, dz, between[2], sums;
 } Gradient;
+
+/* Rows of a matrix, side by side. */
+static Matrix collect(Matrix from, const int32_t *order, size rows, float *to)
+{
+    Matrix tile = {to, rows, from.columns, from.columns, 1};
+    for (size r = 0; r < rows; r++, to += from.columns) {
+        const float *row = from.at + order[r] * from.row;
+        if (from.column == 1)
+            memcpy(to, row, sizeof(float) * from.columns);
+        else
+            for (size i = 0; i < from.columns; i++)
+                to[i] = row[i * from.column];
+    }
+    return tile;
+}
 
 FAST static void go_gradient(const Work *work, size piece, size begin, size end, float *room)
 {
     const Gradient *this = (const Gradient *)work;
     const Layer *layers = this->layers, *last = layers + this->parts[PARTS] - 1;
     const size *parts = this->parts;
-    float *gradients = this->partial + piece * (this->parameters + 1), *column = room + this->columns;
+    float *gradients = this->partial + piece * (this->parameters + SUMS), *column = room + this->columns;
     float *dz = room + this->dz, *between[2] = {room + this->between[0], room + this->between[1]};
     size outputs = this->outputs, action = this->loss.action.columns;
     Columns at = {.outputs = column, .doutputs = column + outputs * TILE, .entropies = column + 2 * outputs * TILE};
@@ -85,16 +103,17 @@ FAST static void go_gradient(const Work *work, size piece, size begin, size end,
         outs[l] = (Matrix){room + this->kept[l], TILE, layers[l].out, layers[l].out, 1};
     outs[parts[CRITIC] - 1] = (Matrix){at.outputs, TILE, outputs, 1, TILE};
     outs[last - layers] = (Matrix){at.value, TILE, 1, 1, TILE};
-    memset(gradients, 0, sizeof(float) * (this->parameters + 1));
+    memset(gradients, 0, sizeof(float) * (this->parameters + SUMS));
     memset(dz, 0, sizeof(float) * (this->between[0] - this->dz)); /* what pads it is multiplied, too, and forgotten */
     for (size first = begin; first < end; first += TILE) {
         size rows = least(TILE, end - first);
-        Matrix x = rows_from(this->x, first, rows), features = run_forth(layers, parts[POLICY], x, outs), dfeatures = {0};
+        Matrix x = collect(this->x, this->loss.order + first, rows, room + this->tile);
+        Matrix features = run_forth(layers, parts[POLICY], x, outs), dfeatures = {0};
         if (parts[POLICY])
             dfeatures = (Matrix){room + this->dfeatures, rows, features.columns, features.columns, 1};
         for (int part = POLICY; part <= CRITIC; part++)
             run_forth(layers + parts[part], parts[part + 1] - parts[part], features, outs + parts[part]);
-        gradients[this->parameters] += lose(&this->loss, &at, outputs, first, rows, gradients);
+        lose(&this->loss, &at, outputs, first, rows, gradients, gradients + this->parameters);
         for (int part = POLICY; part <= CRITIC; part++) {
             Matrix dy = {part == POLICY ? at.doutputs : at.dvalue, rows, part == POLICY ? outputs : 1, 1, TILE};
             run_back(layers + parts[part], parts[part + 1] - parts[part], features, outs + parts[part], dy, dfeatures,
@@ -104,10 +123,10 @@ FAST static void go_gradient(const Work *work, size piece, size begin, size end,
     }
 }
 
-/* The gradients of all pieces together, in their order, into `gradient`; then the mean entropy, and the norm. */
+/* The gradients of all pieces together, in their order, into `gradient`, and [FIGURES] of them. */
 FAST static void gather(const Gradient *this, float *gradient, float *figures)
 {
-    size stride = this->parameters + 1;
+    size stride = this->parameters + SUMS;
     for (size piece = 1; piece < this->work.pieces; piece++) {
         float *sum = this->partial, *from = this->partial + piece * stride;
         for (size i = 0; i < stride; i++)
@@ -121,22 +140,65 @@ FAST static void gather(const Gradient *this, float *gradient, float *figures)
     float square = total(squares);
     for (; i < this->parameters; i++)
         square += gradient[i] * gradient[i];
-    figures[0] = this->partial[this->parameters] * this->loss.each;
-    figures[1] = sqrtf(square);
+    for (int sum = 0; sum < SUMS; sum++)
+        figures[sum] = this->partial[this->parameters + sum] * this->loss.each;
+    figures[NORM] = sqrtf(square);
 }
 
 /* As a minibatch normalises its advantages: mean 0, deviation 1. */
-static void normalize(const float *from, size count, float *to)
+static void normalize(float *at, size count)
 {
     double mean = 0, square = 0;
     for (size i = 0; i < count; i++)
-        mean += from[i];
+        mean += at[i];
     mean /= (double)count;
     for (size i = 0; i < count; i++)
-        square += (from[i] - mean) * (from[i] - mean);
+        square += (at[i] - mean) * (at[i] - mean);
     float middle = (float)mean, scale = (float)(1 / (sqrt(square / (double)(count - 1)) + 1e-8));
     for (size i = 0; i < count; i++)
-        to[i] = (from[i] - middle) * scale;
+        at[i] = (at[i] - middle) * scale;
+}
+
+/* What is the same for all minibatches.
+ *
+ * given: [N], the advantages as they came
+ * advantage: [n], those of the rows in their order, normalised if that is asked for
+ * gradient: [parameters], of the newest minibatch
+ */
+typedef struct {
+    const float *given;
+    float *advantage, *gradient;
+    float entropy, value_coefficient, log_half;
+    int normalized;
+} Epoch;
+
+/* The gradient of rows order[start] to order[stop - 1], and its figures. */
+static void take_gradient(const Gradient *of_all, const Epoch *epoch, size start, size stop, float *figures, size threads)
+{
+    Gradient this = *of_all;
+    size rows = stop - start;
+    this.loss.order += start;
+    this.loss.log_prob += start;
+    this.loss.value += start;
+    this.loss.advantage = epoch->advantage + start;
+    this.loss.each = 1 / (float)rows;
+    this.loss.dentropy = -epoch->entropy * this.loss.each;
+    this.loss.dvalue = epoch->value_coefficient * this.loss.each;
+    begin_loss(&this.loss, epoch->log_half);
+    for (size r = 0; r < rows; r++)
+        epoch->advantage[start + r] = epoch->given[this.loss.order[r]];
+    if (epoch->normalized && rows > 1)
+        normalize(epoch->advantage + start, rows);
+    float *to = this.panels;
+    for (size l = 0; l < this.parts[PARTS]; l++) {
+        to = pack_forth(&this.layers[l], to);
+        if (l && (l != this.parts[CRITIC] || this.parts[POLICY]))
+            to = pack_back(&this.layers[l], to);
+    }
+    cut(&this.work, rows, ROWS, this.most);
+    this.work.cost = 3 * rows * this.parameters;
+    do_work(&this.work, threads);
+    gather(&this, epoch->gradient, figures);
 }
 
 /* --- the way from and to Python --- */
@@ -279,6 +341,18 @@ static int borrow_layers(Borrowed *borrowed, Forward *this, PyObject *weights, P
     return 0;
 }
 
+/* Moments, rate, decay, what does not decay, steps taken before, and the largest norm of a gradient. */
+static int borrow_adam(Borrowed *borrowed, Adam *adam, PyObject *given, size parameters)
+{
+    PyObject *first, *second;
+    if (!PyArg_ParseTuple(given, "OOddddddnn", &first, &second, &adam->rate, &adam->beta1, &adam->beta2, &adam->epsilon,
+                          &adam->decay, &adam->largest_norm, &adam->kept, &adam->steps) ||
+        borrow_numbers(borrowed, first, "the first moments", parameters, WRITABLE, &adam->first) < 0 ||
+        borrow_numbers(borrowed, second, "the second moments", parameters, WRITABLE, &adam->second) < 0)
+        return -1;
+    return adam->kept < 0 || adam->steps < 0 ? refuse("neither steps nor what does not decay can be negative") : 0;
+}
+
 PyDoc_STRVAR(forward_doc, "forward(x, weights, biases, activations, out, threads)\n\n"
                           "Write what the layers say of x [N, in] into out [N, out].");
 
@@ -349,14 +423,12 @@ static int read_layers(Gradient *this, const Matrix *table, const float *paramet
 }
 
 /* The parts of an action, copied to `to`, must fit the arrays, and cover what the policy says. */
-static int read_blocks(Gradient *this, const Matrix *table, float log_half, void *to)
+static int read_blocks(Gradient *this, const Matrix *table, void *to)
 {
     Loss *loss = &this->loss;
     size covered = 0;
     loss->blocks = memcpy(to, table->at, sizeof(Block) * table->rows);
     loss->count = table->rows;
-    loss->log_prob_start = -log_half;
-    loss->entropy_start = log_half;
     for (const Block *block = loss->blocks; block < loss->blocks + loss->count; block++) {
         if (block->kind < 0 || block->kind >= KINDS || block->groups < 1 || block->choices < 1 || block->column < 0 ||
             block->column + (size)block->groups > loss->action.columns || block->output != covered)
@@ -366,19 +438,30 @@ static int read_blocks(Gradient *this, const Matrix *table, float log_half, void
         if (block->kind == CHOICE ? block->extra < -1 || (block->extra >= 0 && end > loss->masks)
                                   : block->extra < 0 || block->choices != 1 || end > this->parameters)
             return refuse("blocks do not fit the masks or the deviations");
-        for (size a = 0; block->kind != CHOICE && a < block->groups; a++) {
-            float log_std = loss->parameters[block->extra + a];
-            loss->log_prob_start -= log_std + 0.5f * LOG_2_PI;
-            loss->entropy_start += log_std + 0.5f * (1 + LOG_2_PI);
-        }
     }
     return covered == this->outputs ? 0 : refuse("blocks do not cover what the policy says");
 }
 
-/* Where in a thread's room each thing is, and how many numbers all threads share: panels and gradients of pieces. */
-static size lay_out(Gradient *this)
+/* The order must be of rows that there are, and the edges of minibatches must rise within it. */
+static int read_order(const Matrix *order, const Matrix *edges, size rows)
 {
-    size widest = this->outputs, panels = 0, at = 0, pieces = PIECES, first = this->parts[POLICY];
+    const int32_t *row = (const int32_t *)order->at, *edge = (const int32_t *)edges->at;
+    for (size i = 0; i < order->columns; i++)
+        if (row[i] < 0 || row[i] >= rows)
+            return refuse("the order names rows that there are not");
+    if (edges->columns < 2 || edge[0] < 0 || edge[edges->columns - 1] > order->columns)
+        return refuse("edges do not fit the order");
+    for (size i = 1; i < edges->columns; i++)
+        if (edge[i] <= edge[i - 1])
+            return refuse("edges do not rise");
+    return 0;
+}
+
+/* Where in a thread's room each thing is, and how many numbers all threads share: panels and gradients of pieces.
+ * Returns how many of them are panels. */
+static size lay_out(Gradient *this, const int32_t *edges, size minibatches)
+{
+    size widest = this->outputs, panels = 0, at = TILE * this->x.columns, pieces = 0, first = this->parts[POLICY];
     for (size l = 0; l < this->parts[PARTS]; l++) {
         const Layer *layer = &this->layers[l];
         if (layer->out > widest)
@@ -395,56 +478,64 @@ static size lay_out(Gradient *this)
     this->between[1] = at += TILE * widest;
     this->sums = at += TILE * widest;
     this->work.room_each = at + padded(widest);
-    while (pieces > 1 && pieces * this->parameters > MAX_PARTIAL)
-        pieces /= 2;
-    cut(&this->work, this->x.rows, ROWS, pieces);
-    this->work.cost = 3 * this->x.rows * this->parameters;
-    return panels + this->work.pieces * (this->parameters + 1);
+    for (this->most = PIECES; this->most > 1 && this->most * this->parameters > MAX_PARTIAL;)
+        this->most /= 2;
+    for (size i = 0; i < minibatches; i++) {
+        cut(&this->work, edges[i + 1] - edges[i], ROWS, this->most);
+        pieces = this->work.pieces > pieces ? this->work.pieces : pieces;
+    }
+    this->work.pieces = pieces;
+    return panels;
 }
 
-PyDoc_STRVAR(ppo_gradient_doc,
-             "ppo_gradient(parameters, gradient, layers, blocks, quadrature, rows, outs, numbers, threads)\n\n"
-             "Write the gradient of the loss on N rows; see rustyrl_learner/compiled.py for what is what.");
+PyDoc_STRVAR(ppo_epoch_doc,
+             "ppo_epoch(parameters, gradient, layers, blocks, quadrature, rows, order, edges, outs, numbers, adam, "
+             "threads) -> int\n\n"
+             "Take an optimiser step for each minibatch of N rows; see rustyrl_learner/compiled.py for what is what.");
 
-static PyObject *ppo_gradient(PyObject *Py_UNUSED(module), PyObject *args)
+static PyObject *ppo_epoch(PyObject *Py_UNUSED(module), PyObject *args)
 {
-    PyObject *parameters, *gradient, *layers, *blocks, *quadrature;
+    PyObject *parameters, *gradient, *layers, *blocks, *quadrature, *order, *edges, *moments;
     PyObject *x, *action, *masks, *proximal, *importance, *advantage, *old_value, *target;
-    PyObject *normalized, *log_prob, *value, *figures;
-    float entropy, value_coefficient, log_half;
+    PyObject *advantages, *log_prob, *value, *figures;
     int threads;
     Borrowed borrowed = {.count = 0};
     Gradient this = {.work.go = go_gradient};
+    Epoch epoch = {0};
+    Adam adam = {0};
     Work *work = &this.work;
     Loss *loss = &this.loss;
-    if (!PyArg_ParseTuple(args, "OOOOO(OOOOOOOO)(OOOO)(fffff)i", &parameters, &gradient, &layers, &blocks, &quadrature,
-                          &x, &action, &masks, &proximal, &importance, &advantage, &old_value, &target, &normalized,
-                          &log_prob, &value, &figures, &loss->clip, &loss->value_clip, &entropy, &value_coefficient,
-                          &log_half, &threads) ||
+    if (!PyArg_ParseTuple(args, "OOOOO(OOOOOOOO)OO(OOOO)(fffffp)Oi", &parameters, &gradient, &layers, &blocks, &quadrature,
+                          &x, &action, &masks, &proximal, &importance, &advantage, &old_value, &target, &order, &edges,
+                          &advantages, &log_prob, &value, &figures, &loss->clip, &loss->value_clip, &epoch.entropy,
+                          &epoch.value_coefficient, &epoch.log_half, &epoch.normalized, &moments, &threads) ||
         check_threads(threads) < 0)
         return NULL;
-    Matrix at, of_layers, of_blocks, of_masks = {0}, points;
-    float *given[5], *into, *found, *normal = NULL;
+    Matrix at, of_layers, of_blocks, of_masks = {0}, points, of_order, of_edges, of_figures;
+    float *given[5];
     PyObject *columns[] = {proximal, importance, advantage, old_value, target};
     if (borrow(&borrowed, x, "observation", 2, -1, -1, STRIDED, &this.x) < 0)
         return finish(work, &borrowed);
     size rows = this.x.rows;
-    if (borrow(&borrowed, parameters, "parameters", 1, -1, -1, 0, &at) < 0 ||
-        borrow_numbers(&borrowed, gradient, "gradient", at.columns, WRITABLE, &into) < 0 ||
+    if (borrow(&borrowed, parameters, "parameters", 1, -1, -1, WRITABLE, &at) < 0 ||
+        borrow_numbers(&borrowed, gradient, "gradient", at.columns, WRITABLE, &epoch.gradient) < 0 ||
         borrow(&borrowed, layers, "layers", 2, -1, 6, INT32, &of_layers) < 0 ||
         borrow(&borrowed, blocks, "blocks", 2, -1, 6, INT32, &of_blocks) < 0 ||
         borrow(&borrowed, quadrature, "quadrature", 2, 2, -1, 0, &points) < 0 ||
         borrow(&borrowed, action, "action", 2, rows, -1, STRIDED, &loss->action) < 0 ||
         (masks != Py_None && borrow(&borrowed, masks, "action_mask", 2, rows, -1, BOOL, &of_masks) < 0) ||
-        borrow_numbers(&borrowed, log_prob, "log_prob", rows, WRITABLE, &loss->log_prob) < 0 ||
-        borrow_numbers(&borrowed, value, "value", rows, WRITABLE, &loss->value) < 0 ||
-        borrow_numbers(&borrowed, figures, "figures", 2, WRITABLE, &found) < 0)
+        borrow(&borrowed, order, "order", 1, -1, -1, INT32, &of_order) < 0 ||
+        borrow(&borrowed, edges, "edges", 1, -1, -1, INT32, &of_edges) < 0 ||
+        read_order(&of_order, &of_edges, rows) < 0 ||
+        borrow_numbers(&borrowed, advantages, "advantages", of_order.columns, WRITABLE, &epoch.advantage) < 0 ||
+        borrow_numbers(&borrowed, log_prob, "log_prob", of_order.columns, WRITABLE, &loss->log_prob) < 0 ||
+        borrow_numbers(&borrowed, value, "value", of_order.columns, WRITABLE, &loss->value) < 0 ||
+        borrow(&borrowed, figures, "figures", 2, of_edges.columns - 1, FIGURES, WRITABLE, &of_figures) < 0)
         return finish(work, &borrowed);
     for (int i = 0; i < 5; i++)
         if (borrow_numbers(&borrowed, columns[i], "an array of rows", rows, 0, &given[i]) < 0)
             return finish(work, &borrowed);
-    if (normalized != Py_None &&
-        borrow_numbers(&borrowed, normalized, "normalized advantage", rows, WRITABLE, &normal) < 0)
+    if (moments != Py_None && borrow_adam(&borrowed, &adam, moments, at.columns) < 0)
         return finish(work, &borrowed);
     this.parameters = at.columns;
     loss->parameters = at.at;
@@ -455,31 +546,32 @@ static PyObject *ppo_gradient(PyObject *Py_UNUSED(module), PyObject *args)
     loss->masks = of_masks.columns;
     loss->proximal = given[0];
     loss->importance = given[1];
-    loss->advantage = normal ? normal : given[2];
+    epoch.given = given[2];
+    loss->order = (const int32_t *)of_order.at;
     loss->old_value = given[3];
     loss->target = given[4];
-    loss->each = rows ? 1 / (float)rows : 0;
-    loss->dentropy = -entropy * loss->each;
-    loss->dvalue = value_coefficient * loss->each;
     if (read_layers(&this, &of_layers, at.at) < 0)
         return finish(work, &borrowed);
-    size shared = lay_out(&this);
-    float *to = make_room(work, threads, shared + padded(of_blocks.rows * 6));
-    if (!to || read_blocks(&this, &of_blocks, log_half, to + shared) < 0)
+    const int32_t *edge = (const int32_t *)of_edges.at;
+    size minibatches = of_edges.columns - 1, panels = lay_out(&this, edge, minibatches), taken = 0;
+    size shared = panels + work->pieces * (this.parameters + SUMS);
+    this.panels = make_room(work, threads, shared + padded(of_blocks.rows * 6));
+    if (!this.panels || read_blocks(&this, &of_blocks, this.panels + shared) < 0)
         return finish(work, &borrowed);
+    this.partial = this.panels + panels;
     Py_BEGIN_ALLOW_THREADS;
-    if (normal)
-        normalize(given[2], rows, normal);
-    for (size l = 0; l < this.parts[PARTS]; l++) {
-        to = pack_forth(&this.layers[l], to);
-        if (l && (l != this.parts[CRITIC] || this.parts[POLICY]))
-            to = pack_back(&this.layers[l], to);
+    for (; taken < minibatches; taken++) {
+        float *found = of_figures.at + FIGURES * taken;
+        take_gradient(&this, &epoch, edge[taken], edge[taken + 1], found, threads);
+        if (!isfinite(found[NORM]))
+            break;
+        if (adam.first)
+            step(&adam, taken + 1, found[NORM], epoch.gradient, this.parameters, at.at);
     }
-    this.partial = to;
-    do_work(work, threads);
-    gather(&this, into, found);
     Py_END_ALLOW_THREADS;
-    return finish(work, &borrowed);
+    PyObject *none = finish(work, &borrowed);
+    Py_XDECREF(none);
+    return none ? PyLong_FromSsize_t(taken) : NULL;
 }
 
 PyDoc_STRVAR(supported_doc, "supported() -> bool\n\nWhether this processor has the instructions that it is made of.");
@@ -496,7 +588,7 @@ static PyObject *supported(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args
 
 static PyMethodDef methods[] = {
     {"forward", forward, METH_VARARGS, forward_doc},
-    {"ppo_gradient", ppo_gradient, METH_VARARGS, ppo_gradient_doc},
+    {"ppo_epoch", ppo_epoch, METH_VARARGS, ppo_epoch_doc},
     {"supported", supported, METH_NOARGS, supported_doc},
     {NULL, NULL, 0, NULL},
 };
