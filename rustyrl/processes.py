@@ -145,14 +145,28 @@ def start_child(
             start_new_session=True,
             pass_fds=() if black_box is None else (black_box.descriptor,),
         )
-    if niceness and hasattr(os, "setpriority"):
-        with contextlib.suppress(OSError):  # it has ended already
-            os.setpriority(os.PRIO_PROCESS, process.pid, niceness)
+    if niceness:
+        _step_back(process.pid, niceness)
     descriptor = -1
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # a kernel without pidfd: its end is seen at the next turn instead
             descriptor = os.pidfd_open(process.pid)
     return Child(name, process, log, descriptor, black_box=black_box, incarnation=incarnation, log_start=log_start)
+
+
+def _step_back(process: int, niceness: int) -> None:
+    """Let others go before a process, in a session of its own, where there are too few cores."""
+    if not hasattr(os, "setpriority"):
+        return
+    group = Path(f"/proc/{process}/autogroup")
+    with contextlib.suppress(OSError):  # it has ended already
+        os.setpriority(os.PRIO_PROCESS, process, niceness)
+        for _ in range(10 if group.exists() else 0):
+            try:  # Linux may share out cores by session first, where what counts is the niceness of that
+                group.write_text(str(niceness))
+                break
+            except BlockingIOError:  # it takes ten of these a second from those who are not root
+                time.sleep(0.02)
 
 
 def ask_child(

@@ -69,6 +69,7 @@ RULES: dict[str, Rule] = {
     "run.eval_episodes": HONOURED,
     "run.device": ROUNDING,
     "run.threads": ROUNDING,
+    "run.cuda_graphs": ROUNDING,
     "run.checkpoint_every": HONOURED,
     "run.checkpoint_every_s": HONOURED,
     "run.checkpoints_kept": HONOURED,

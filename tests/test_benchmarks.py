@@ -53,6 +53,16 @@ def test_world_overhead_accounts_for_the_whole_step(tmp_path):
         assert 0 < row["share"] < 1
 
 
+def test_summed_costs_compares_training_with_its_parts(tmp_path):
+    content, said = run(tmp_path, "summed_costs.py", "--rounds", "1", "--seconds", "0.3", "--env", "cartpole")
+    (row,) = content["rows"]
+    allowed = content["cores"] / (1 / row["actor_sps"] + 1 / row["learner_sps"])
+    assert row["allowed_sps"] == pytest.approx(allowed, rel=1e-3)
+    assert row["share"] == pytest.approx(row["trained_sps"] / allowed, rel=1e-2)
+    assert 0 < row["share"] < 2
+    assert "cartpole         median" in said
+
+
 @pytest.mark.slow
 def test_policy_lag_compares_lags_with_and_without_vtrace(tmp_path):
     tiny = ["--seeds", "1", "--env", "cartpole", "--lag", "2", "--total-steps", "20000"]
