@@ -546,6 +546,23 @@ def test_a_stop_is_asked_for_after_as_much_as_is_taken_at_once(monkeypatch: pyte
     assert torch.equal(whole.adam.second, parts.adam.second)
 
 
+def test_minibatches_may_be_of_any_sizes() -> None:
+    """The largest needs the most memory, wherever it stands."""
+    config, order = msgspec.structs.replace(STEPPING, max_gradient_norm=1e9), torch.arange(2010)
+    for edges in ([0, 2000, 2001, 2010], [0, 1, 2001, 2007], [5, 100, 1700, 1800]):
+        side, twin = Trained(KINDS["dict"], 2, hidden=(64, 64)), Trained(KINDS["dict"], 1, hidden=(64, 64))
+        rows = batch_of(side.network, 2010)
+        assert side.network.compiled is not None
+        assert twin.network.compiled is not None
+        weight = importance_of(rows)
+        taken, figures, _ = side.network.compiled.steps(rows, weight, config, order, edges, side.adam, 1e-3)
+        assert taken == 3
+        for index, some in enumerate(itertools.pairwise(edges)):
+            _, (alone,), _ = twin.network.compiled.steps(rows, weight, config, order, some, twin.adam, 1e-3)
+            assert torch.equal(figures[index], alone)
+        assert torch.equal(side.parameters, twin.parameters)
+
+
 def test_steps_are_the_same_bits_with_any_number_of_threads() -> None:
     sides = [Trained(KINDS["squashed-dict"], threads, hidden=(64, 64)) for threads in (1, 2, 3)]
     config = msgspec.structs.replace(STEPPING, minibatch_size=1024)
