@@ -137,6 +137,7 @@ class EpochGraphs:
         apart, moved = torch.stack([(replayed - block).norm(), (block - before).norm()]).tolist()
         if apart <= TOLERANCE * moved or not math.isfinite(moved):
             self._captured = captured
+            log.info("an epoch of %d minibatches is a CUDA graph from now on", taken)
         else:
             self._give_up(f"an epoch's replay differs from the epoch: parameters moved {moved:.3g}, {apart:.3g} apart")
         return epoch
