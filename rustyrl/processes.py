@@ -155,17 +155,18 @@ def start_child(
 
 
 def _step_back(process: int, niceness: int) -> None:
-    """Let others go before a process, in a session of its own, where there are too few cores."""
+    """Let us go before a process, in a session of its own, where there are too few cores."""
     if not hasattr(os, "setpriority"):
         return
-    group = Path(f"/proc/{process}/autogroup")
-    with contextlib.suppress(OSError):  # it has ended already
-        os.setpriority(os.PRIO_PROCESS, process, niceness)
+    group, level = Path(f"/proc/{process}/autogroup"), min(19, os.getpriority(os.PRIO_PROCESS, 0) + niceness)
+    with contextlib.suppress(ProcessLookupError):  # it has ended already
+        os.setpriority(os.PRIO_PROCESS, process, level)
+    with contextlib.suppress(OSError):
         for _ in range(10 if group.exists() else 0):
             try:  # Linux may share out cores by session first, where what counts is the niceness of that
-                group.write_text(str(niceness))
+                group.write_text(str(level))
                 break
-            except BlockingIOError:  # it takes ten of these a second from those who are not root
+            except BlockingIOError:  # the kernel takes ten of these a second from all who may not do everything
                 time.sleep(0.02)
 
 

@@ -28,7 +28,7 @@ from rustyrl_learner.adam import Adam
 from rustyrl_learner.device import share_threads
 from rustyrl_learner.network import ActorCritic
 from rustyrl_learner.ppo import minibatch_gradient, policy_loss, value_loss
-from rustyrl_learner.rows import APPROX_KL, GRADIENT_NORM, Minibatch, TrainingBatch
+from rustyrl_learner.rows import APPROX_KL, GRADIENT_NORM, VALUE_LOSS, Minibatch, TrainingBatch
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -569,6 +569,14 @@ def test_steps_are_the_same_bits_with_any_number_of_threads() -> None:
     figures = [side.epoch(batch_of(side.network, 3000), config, 0) for side in sides]
     assert figures[0] == figures[1] == figures[2]
     assert all(torch.equal(sides[0].parameters, side.parameters) for side in sides[1:])
+
+
+def test_an_old_value_that_is_no_number_is_not_lost() -> None:
+    ours, theirs = Trained(KINDS["discrete"], 1), Trained(KINDS["discrete"], 0)
+    rows = batch_of(ours.network, 200)
+    rows.value[7] = math.nan
+    for side in (ours, theirs):
+        assert math.isnan(side.epoch(rows, STEPPING, 0)[VALUE_LOSS])
 
 
 @pytest.mark.parametrize("at_once", [1, 1 << 30])

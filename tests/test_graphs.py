@@ -84,6 +84,7 @@ class Captures:
     def __init__(self) -> None:
         self.recordings: list[Recording] = []
         self.spoil: Callable[[], None] = lambda: None
+        self.after: Callable[[Epoch], object] = lambda _: None
         self.looks = False
         self.changing: list[Tensor] = []
 
@@ -103,6 +104,7 @@ class Captures:
         def replay() -> None:
             recording.replay()
             self.spoil()
+            self.after(epoch)
 
         return epoch, replay
 
@@ -214,6 +216,34 @@ def test_numbers_that_are_not_finite_are_found_in_what_was_replayed() -> None:
         replayed.update(replace(bad, value_target=bad.value_target * float("nan")))
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_norm_beyond_float32_before_the_last_minibatch_is_found(graphs: bool) -> None:
+    """Its step changes nothing, and those after it are fine."""
+    side = Side("box", captures=Captures())
+    good, wrong, *_ = batches("box")
+    for _ in range(3 if graphs else 0):
+        side.update(good)
+    wrong.value_target[0] = 1e24
+    last = with_config(epochs=1, minibatch_size=20)
+    shuffle = torch.Generator().manual_seed(next(s for s in range(99) if _place_of_first(s) < ROWS // 3))
+    given = (side.network, side.optimizer, wrong, last if not graphs else CONFIG, 1e-3, shuffle)
+    with pytest.raises(FloatingPointError, match="the value loss is inf"):
+        ppo_update(*given, graphs=side.graphs)
+
+
+def _place_of_first(seed: int) -> int:
+    return torch.randperm(ROWS, generator=torch.Generator().manual_seed(seed)).tolist().index(0)
+
+
+def test_figures_that_differ_are_found_too() -> None:
+    side = Side("box", captures=(captures := Captures()))
+    captures.after = lambda epoch: epoch.figures.mul_(1.1)
+    for batch in batches("box"):
+        side.update(batch)
+    assert side.graphs is not None
+    assert "figures are" in side.graphs.problem
+
+
 def test_a_stop_between_replayed_epochs_is_heard() -> None:
     replayed = Side("box", captures=Captures())
     (batch, *_) = batches("box")
@@ -247,6 +277,16 @@ def test_training_that_was_put_back_goes_on_by_the_same_graph() -> None:
     replayed.rate = rate
     replayed.update(batch)
     assert torch.equal(replayed.parameters.tensor, once)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
+def test_what_a_gpu_cannot_capture_leaves_it_as_it_was() -> None:
+    before = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError):
+        capture_on_cuda(lambda: torch.ones(3, device="cuda").sum().item())  # type: ignore[arg-type, return-value]
+    assert torch.cuda.current_stream() == before
+    assert (torch.ones(3, device="cuda") * 2).sum().item() == 6
 
 
 @pytest.mark.gpu

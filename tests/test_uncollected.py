@@ -23,6 +23,10 @@ except ImportError:
 assert same, "it was collected inside"
 assert gc.get_freeze_count() > 100_000, gc.get_freeze_count()
 assert gc.isenabled()
+gc.disable()
+with uncollected():
+    pass
+assert not gc.isenabled()
 """
 
 

@@ -88,7 +88,8 @@ class CompiledEpoch:
             learning_rate: of all steps.
 
         Returns:
-            How many were taken, `FIGURES` of each minibatch, `[M, 6]`, and the log-probabilities of their rows.
+            How many were taken, `FIGURES` of each minibatch, `[M, 6]`, and the log-probabilities of their rows; of
+            minibatches after one whose gradient is not finite these are anything.
         """
         start, stop = edges[0], edges[-1]
         order, edges = order[start:stop], [edge - start for edge in edges]

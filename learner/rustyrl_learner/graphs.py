@@ -28,10 +28,18 @@ Capture = Callable[[Callable[[], Epoch]], tuple[Epoch, Callable[[], None]]]
 
 
 def capture_on_cuda(work: Callable[[], Epoch]) -> tuple[Epoch, Callable[[], None]]:
-    """What work will leave, and how to have it done; nothing is done yet."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the receive thread may pin memory meanwhile
-        result = work()
+    """What work will leave, and how to have it done; nothing is done yet.
+
+    Raises:
+        RuntimeError: something in it cannot be captured.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the receive thread may pin memory meanwhile
+            result = work()
+    except BaseException:
+        torch.cuda.set_stream(stream)  # torch leaves its own where the end of the capture fails, too
+        raise
     return result, graph.replay
 
 
@@ -55,8 +63,8 @@ class EpochGraphs:
     orders and the learning rate are copied to where the graph reads them. Coefficients and shapes are part of a graph,
     so updates whose clip or entropy weight is on a schedule, or whose count of rows changes, are taken without one.
 
-    The first replay is held against the same epoch without a graph; where they differ, or nothing can be captured,
-    the run goes on without and says so in its log.
+    Parameters and figures of the first replay are held against those of the same epoch without a graph; where they
+    differ, or nothing can be captured, the run goes on without and says so in its log.
     """
 
     def __init__(self, network: ActorCritic, optimizer: Adam, capture: Capture = capture_on_cuda) -> None:
@@ -127,19 +135,24 @@ class EpochGraphs:
             taken, optimizer.steps = optimizer.steps - steps, steps  # a capture takes no step
             captured = _Captured(kind, rooms, order, rate, epoch, replay, taken)
             self._replay(captured, order, learning_rate)
-            replayed = block.clone()
+            replayed, figures = block.clone(), epoch.figures.clone()
         except RuntimeError as error:
             undo()
             self._give_up(f"an epoch cannot be captured as a CUDA graph ({error})")
             return plain()
         undo()
         epoch = plain()
-        apart, moved = torch.stack([(replayed - block).norm(), (block - before).norm()]).tolist()
-        if apart <= TOLERANCE * moved or not math.isfinite(moved):
+        distances = (replayed - block, block - before, figures - epoch.figures, epoch.figures)
+        apart, moved, figures_apart, of_figures = torch.stack([distance.norm() for distance in distances]).tolist()
+        alike = apart <= TOLERANCE * moved and figures_apart <= TOLERANCE * of_figures
+        if alike or not math.isfinite(moved):
             self._captured = captured
             log.info("an epoch of %d minibatches is a CUDA graph from now on", taken)
         else:
-            self._give_up(f"an epoch's replay differs from the epoch: parameters moved {moved:.3g}, {apart:.3g} apart")
+            self._give_up(
+                f"an epoch's replay differs from the epoch: parameters moved {moved:.3g}, {apart:.3g} apart, "
+                f"figures are {figures_apart:.3g} apart of {of_figures:.3g}"
+            )
         return epoch
 
     def _give_up(self, problem: str) -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -154,6 +154,7 @@ def ppo_update(
         numbers.append(done.figures.tolist())
         if not math.isfinite(numbers[-1][GRADIENT_NORM]):
             done.check()
+            _refuse(numbers[-1])  # of a minibatch before the last, which changed nothing
         kl = numbers[-1][APPROX_KL]
         if config.schedule == "kl":
             learning_rate = _adapt(learning_rate, kl, config)
@@ -244,6 +245,7 @@ def _compiled_epoch(
             wrong = order[some[taken] : some[taken + 1]]
             given = network, batch.select(wrong), importance[wrong]
             _check_finite(*given, minibatch_gradient(*given, config), config)
+            raise FloatingPointError(f"the gradient norm is {of_each[taken, GRADIENT_NORM].item()}")
         if not first:
             error = _ratio_error(log_prob, batch.behavior_log_prob[order[: edges[1]]])
         figures.append(of_each)
@@ -328,16 +330,22 @@ def _ratio_error(log_prob: Tensor, behavior_log_prob: Tensor) -> Tensor:
 def _check_finite(
     network: ActorCritic, rows: TrainingBatch, importance: Tensor, result: Minibatch, config: PPOConfig
 ) -> None:
-    if math.isfinite(result.gradient_norm.item()):  # what is not finite in a loss is not in its gradient either
+    if math.isfinite(result.gradient_norm.item()):  # what is not finite in what a loss reads now is not in its gradient
         return
-    figures = _figures(rows, importance, [result], config, len(importance))
-    for name, index in (("policy loss", POLICY_LOSS), ("value loss", VALUE_LOSS), ("entropy", ENTROPY)):
-        if not torch.isfinite(figures[index]):
-            raise FloatingPointError(f"the {name} is {figures[index].item()}")
+    figures = _figures(rows, importance, [result], config, len(importance)).tolist()
+    if not all(map(math.isfinite, figures[:GRADIENT_NORM])):
+        _refuse(figures)
     for name, gradient in network.flat()[1].views.items():
         if not torch.isfinite(gradient).all():
             raise FloatingPointError(f"the gradient of {name} is not finite")
-    raise FloatingPointError(f"the gradient norm is {result.gradient_norm.item()}")
+    _refuse(figures)
+
+
+def _refuse(figures: list[float]) -> NoReturn:
+    """Raise `FloatingPointError` for the first of these figures that is not finite."""
+    names = {POLICY_LOSS: "policy loss", VALUE_LOSS: "value loss", ENTROPY: "entropy"}
+    wrong = next((index for index in names if not math.isfinite(figures[index])), GRADIENT_NORM)
+    raise FloatingPointError(f"the {names.get(wrong, 'gradient norm')} is {figures[wrong]}")
 
 
 def _adapt(learning_rate: float, kl: float, config: PPOConfig) -> float:

@@ -90,7 +90,7 @@ class Epoch:
     """What is kept of an epoch.
 
     figures: `[7]`, means over its minibatches, and the largest error of the first one's ratios
-    check: raises `FloatingPointError` if a gradient was not finite, naming what was not in its last minibatch
+    check: raises `FloatingPointError` if a gradient of its last minibatch was not finite, naming what was not
     """
 
     figures: Tensor

@@ -250,7 +250,7 @@ FAST static void lose(const Loss *loss, const Columns *at, size outputs, size fi
         if (loss->value_clip > 0) {
             vec change = value - old, clipped = old + clamp(change, -loss->value_clip, loss->value_clip) - target;
             mask beyond = (positive(change) > spread(loss->value_clip)) & (positive(clipped) > positive(error));
-            square = choose(positive(clipped) > positive(error), clipped * clipped, square);
+            square = choose(positive(clipped) <= positive(error), square, clipped * clipped);
             error = choose(beyond, spread(0), error);
         }
         sum[VALUE_LOSS] += choose(here, square * 0.5f, spread(0));

@@ -341,7 +341,7 @@ static int borrow_layers(Borrowed *borrowed, Forward *this, PyObject *weights, P
     return 0;
 }
 
-/* Moments, rate, decay, what does not decay, steps taken before, and the largest norm of a gradient. */
+/* Moments, rate, beta1, beta2, epsilon, decay, the largest norm of a gradient, what does not decay, steps before. */
 static int borrow_adam(Borrowed *borrowed, Adam *adam, PyObject *given, size parameters)
 {
     PyObject *first, *second;
@@ -391,7 +391,7 @@ static PyObject *forward(PyObject *Py_UNUSED(module), PyObject *args)
     return finish(work, &borrowed);
 }
 
-/* The layers of `ppo_gradient`, of a table: part, in, out, activation, and where weight and bias are among the
+/* The layers of `ppo_epoch`, of a table: part, in, out, activation, and where weight and bias are among the
  * parameters. */
 static int read_layers(Gradient *this, const Matrix *table, const float *parameters)
 {
