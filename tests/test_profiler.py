@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from clusters import COUNTING, ENDLESS, SMALL, end, poll, rustyrl, verb
+from clusters import COUNTING, ENDLESS, SMALL, await_more, await_status, contributing, end, poll, rustyrl, verb
 
 from rustyrl import configure, train
 from rustyrl.errors import UsageError
@@ -40,7 +40,8 @@ def test_a_profiled_run_leaves_loadable_profiles_of_every_process_also_of_a_late
     profile = cluster.run / "profile"
     verb(cluster, "scale", "+1")
     poll(lambda: len(watchers(cluster.run)) == 3, "a py-spy beside the actor that came later")
-    cluster.await_version(cluster.rows()[-1]["policy_version"] + 30)
+    await_status(cluster, lambda status: 1 in contributing(status), "rollouts of it")
+    await_more(cluster, 100)
     end(cluster)
     assert {path.name for path in profile.iterdir()} == {
         "actor-0.speedscope.json",
