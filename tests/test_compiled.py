@@ -494,7 +494,7 @@ class Trained:
 
     def epoch(self, rows: TrainingBatch, config: PPOConfig, seed: int, **more: Any) -> list[float]:
         order = torch.randperm(len(rows.advantage), generator=torch.Generator().manual_seed(seed))
-        return ppo.run_epoch(self.network, self.adam, rows, config, order, 3e-3, **more).figures.tolist()
+        return ppo.run_epoch(self.network, self.adam, rows, config, order, 3e-3, **more).tolist()
 
 
 STEPPING = msgspec.structs.replace(CONFIG, minibatch_size=30, max_gradient_norm=0.4)

@@ -23,7 +23,7 @@ from rustyrl_learner.adam import Adam
 from rustyrl_learner.graphs import EpochGraphs, capture_on_cuda
 from rustyrl_learner.network import ActorCritic
 from rustyrl_learner.ppo import Losses, ppo_update
-from rustyrl_learner.rows import Epoch, TrainingBatch
+from rustyrl_learner.rows import TrainingBatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -84,18 +84,18 @@ class Captures:
     def __init__(self) -> None:
         self.recordings: list[Recording] = []
         self.spoil: Callable[[], None] = lambda: None
-        self.after: Callable[[Epoch], object] = lambda _: None
+        self.after: Callable[[Tensor], object] = lambda _: None
         self.looks = False
         self.changing: list[Tensor] = []
 
-    def __call__(self, work: Callable[[], Epoch]) -> tuple[Epoch, Callable[[], None]]:
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         before = [tensor.clone() for tensor in self.changing]
         recording = Recording()
         try:
             with recording:
-                epoch = work()
+                figures = work()
                 if self.looks:
-                    epoch.figures[0].item()
+                    figures[0].item()
         finally:
             for tensor, number in zip(self.changing, before, strict=True):
                 tensor.copy_(number)
@@ -104,9 +104,9 @@ class Captures:
         def replay() -> None:
             recording.replay()
             self.spoil()
-            self.after(epoch)
+            self.after(figures)
 
-        return epoch, replay
+        return figures, replay
 
 
 class Side:
@@ -237,7 +237,7 @@ def _place_of_first(seed: int) -> int:
 
 def test_figures_that_differ_are_found_too() -> None:
     side = Side("box", captures=(captures := Captures()))
-    captures.after = lambda epoch: epoch.figures.mul_(1.1)
+    captures.after = lambda figures: figures.mul_(1.1)
     for batch in batches("box"):
         side.update(batch)
     assert side.graphs is not None

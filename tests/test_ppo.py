@@ -703,7 +703,7 @@ def test_an_epoch_on_another_device_waits_for_no_number_of_it(kind: str, shared:
     optimizer = Adam(parameters.tensor, gradient.tensor, epsilon=1e-8)
     order = torch.empty(64, dtype=torch.int64, device="meta")
     config = with_config(value_clip=0.2, minibatch_size=16)
-    epoch = ppo.run_epoch(network, optimizer, rows, config, order, 1e-3)
+    figures = ppo.run_epoch(network, optimizer, rows, config, order, 1e-3)
     assert optimizer.steps == 4
     with pytest.raises((RuntimeError, NotImplementedError)):
-        epoch.figures.tolist()
+        figures.tolist()

@@ -16,18 +16,18 @@ from rustyrl.config import PPOConfig
 from rustyrl_learner.adam import Adam
 from rustyrl_learner.network import ActorCritic
 from rustyrl_learner.ppo import run_epoch
-from rustyrl_learner.rows import Epoch, TrainingBatch
+from rustyrl_learner.rows import TrainingBatch
 
 __all__ = ["EpochGraphs", "capture_on_cuda"]
 
 log = logging.getLogger(__name__)
 
 TOLERANCE = 0.01  # how far, by what an epoch changes, its first replay may be from the same epoch without a graph
-TakeEpoch = Callable[[Tensor, float, Callable[[], None]], Epoch]
-Capture = Callable[[Callable[[], Epoch]], tuple[Epoch, Callable[[], None]]]
+TakeEpoch = Callable[[Tensor, float, Callable[[], None]], Tensor]
+Capture = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
 
 
-def capture_on_cuda(work: Callable[[], Epoch]) -> tuple[Epoch, Callable[[], None]]:
+def capture_on_cuda(work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
     """What work will leave, and how to have it done; nothing is done yet.
 
     Raises:
@@ -51,7 +51,7 @@ class _Captured:
     batch: TrainingBatch
     order: Tensor
     learning_rate: Tensor
-    epoch: Epoch
+    figures: Tensor
     replay: Callable[[], None]
     steps: int
 
@@ -95,29 +95,29 @@ class EpochGraphs:
         else:
             self._captured = None  # and its memory is free before the next one's is taken
 
-        def take(order: Tensor, learning_rate: float, on_minibatch: Callable[[], None]) -> Epoch:
+        def take(order: Tensor, learning_rate: float, on_minibatch: Callable[[], None]) -> Tensor:
             if self.problem:
                 return plain(order, learning_rate, on_minibatch)
             if self._captured is None:
-                epoch = self._begin(kind, batch, config, order, learning_rate)
+                figures = self._begin(kind, batch, config, order, learning_rate)
             else:
-                epoch = self._replay(self._captured, order, learning_rate)
+                figures = self._replay(self._captured, order, learning_rate)
             on_minibatch()
-            return epoch
+            return figures
 
         return take
 
-    def _replay(self, captured: _Captured, order: Tensor, learning_rate: float) -> Epoch:
+    def _replay(self, captured: _Captured, order: Tensor, learning_rate: float) -> Tensor:
         captured.order.copy_(order)
         captured.learning_rate.fill_(learning_rate)
         captured.replay()
         self._optimizer.steps += captured.steps
         self.replayed += 1
-        return captured.epoch
+        return captured.figures
 
     def _begin(
         self, kind: tuple[object, ...], batch: TrainingBatch, config: PPOConfig, order: Tensor, learning_rate: float
-    ) -> Epoch:
+    ) -> Tensor:
         """Capture an epoch, and take it both ways, of which the one without a graph is kept."""
         optimizer, block = self._optimizer, self._network.flat()[0].tensor
         rooms = batch.map(Tensor.clone)
@@ -131,18 +131,18 @@ class EpochGraphs:
             optimizer.set_tensors(moments)
 
         try:
-            epoch, replay = self._capture(plain)
+            figures, replay = self._capture(plain)
             taken, optimizer.steps = optimizer.steps - steps, steps  # a capture takes no step
-            captured = _Captured(kind, rooms, order, rate, epoch, replay, taken)
+            captured = _Captured(kind, rooms, order, rate, figures, replay, taken)
             self._replay(captured, order, learning_rate)
-            replayed, figures = block.clone(), epoch.figures.clone()
+            replayed, of_replay = block.clone(), figures.clone()
         except RuntimeError as error:
             undo()
             self._give_up(f"an epoch cannot be captured as a CUDA graph ({error})")
             return plain()
         undo()
-        epoch = plain()
-        distances = (replayed - block, block - before, figures - epoch.figures, epoch.figures)
+        figures = plain()
+        distances = (replayed - block, block - before, of_replay - figures, figures)
         apart, moved, figures_apart, of_figures = torch.stack([distance.norm() for distance in distances]).tolist()
         alike = apart <= TOLERANCE * moved and figures_apart <= TOLERANCE * of_figures
         if alike or not math.isfinite(moved):
@@ -153,7 +153,7 @@ class EpochGraphs:
                 f"an epoch's replay differs from the epoch: parameters moved {moved:.3g}, {apart:.3g} apart, "
                 f"figures are {figures_apart:.3g} apart of {of_figures:.3g}"
             )
-        return epoch
+        return figures
 
     def _give_up(self, problem: str) -> None:
         self.problem = problem

@@ -22,7 +22,6 @@ from rustyrl_learner.rows import (
     GRADIENT_NORM,
     POLICY_LOSS,
     VALUE_LOSS,
-    Epoch,
     Minibatch,
     TrainingBatch,
 )
@@ -148,13 +147,12 @@ def ppo_update(
     order = _shuffled(batch, generator)
     numbers: list[list[float]] = []
     for epoch in range(config.epochs):
-        done = take(order, learning_rate, on_minibatch)
+        figures = take(order, learning_rate, on_minibatch)
         if epoch + 1 < config.epochs:
             order = _shuffled(batch, generator)  # while a device is at the epoch, which to look at numbers waits for
-        numbers.append(done.figures.tolist())
+        numbers.append(figures.tolist())
         if not math.isfinite(numbers[-1][GRADIENT_NORM]):
-            done.check()
-            _refuse(numbers[-1])  # of a minibatch before the last, which changed nothing
+            _refuse(network, numbers[-1])
         kl = numbers[-1][APPROX_KL]
         if config.schedule == "kl":
             learning_rate = _adapt(learning_rate, kl, config)
@@ -182,7 +180,7 @@ def run_epoch(
     on_minibatch: Callable[[], None] = lambda: None,
     *,
     watched: bool | None = None,
-) -> Epoch:
+) -> Tensor:
     """Take an optimiser step for each minibatch of a batch.
 
     Args:
@@ -194,6 +192,9 @@ def run_epoch(
         learning_rate: a number, or `[]` on the device.
         on_minibatch: called after each step, or after several that compiled code takes.
         watched: whether each gradient is looked at before its step, which waits for the device; on a CPU it is.
+
+    Returns:
+        `[7]`, means over its minibatches, and the largest error of the first one's ratios; see `rustyrl_learner.rows`.
 
     Raises:
         FloatingPointError: where gradients are looked at.
@@ -213,16 +214,16 @@ def run_epoch(
         part, weight = rows.slice(start, stop), importance[start:stop]
         result = minibatch_gradient(network, part, weight, config)
         if watched:
-            _check_finite(network, part, weight, result, config)
-            if (scale := config.max_gradient_norm / (result.gradient_norm.item() + 1e-6)) < 1:
+            if not math.isfinite(norm := result.gradient_norm.item()):  # where a loss is not, this is not either
+                _refuse(network, _figures(part, weight, [result], config).tolist())
+            if (scale := config.max_gradient_norm / (norm + 1e-6)) < 1:
                 gradient.mul_(scale)
         else:
             gradient.mul_((config.max_gradient_norm / (result.gradient_norm + 1e-6)).clamp_(max=1.0))
         optimizer.step(learning_rate)
         seen.append(result)
         on_minibatch()
-    figures = _figures(rows, importance, seen, config, edges[1])
-    return Epoch(figures, partial(_check_finite, network, part, weight, result, config))
+    return _figures(rows, importance, seen, config)
 
 
 def _compiled_epoch(
@@ -233,7 +234,7 @@ def _compiled_epoch(
     order: Tensor,
     edges: list[int],
     on_minibatch: Callable[[], None],
-) -> Epoch:
+) -> Tensor:
     """`run_epoch` by `CompiledEpoch.steps`, as many minibatches at a time as do not keep a stop waiting."""
     minibatches, importance = len(edges) - 1, _importance(batch)
     each = max(1, minibatches * AT_ONCE // (edges[-1] * network.flat()[0].tensor.numel()))
@@ -242,10 +243,7 @@ def _compiled_epoch(
         some = edges[first : first + each + 1]
         taken, of_each, log_prob = take(batch, importance, config, order, some)
         if taken < len(some) - 1:
-            wrong = order[some[taken] : some[taken + 1]]
-            given = network, batch.select(wrong), importance[wrong]
-            _check_finite(*given, minibatch_gradient(*given, config), config)
-            raise FloatingPointError(f"the gradient norm is {of_each[taken, GRADIENT_NORM].item()}")
+            _refuse(network, of_each[taken].tolist())
         if not first:
             error = _ratio_error(log_prob, batch.behavior_log_prob[order[: edges[1]]])
         figures.append(of_each)
@@ -253,7 +251,7 @@ def _compiled_epoch(
     found = torch.cat(figures)
     means = torch.tensor(edges).diff().float() @ found / edges[-1]
     means[ENTROPY], means[GRADIENT_NORM] = found[:, ENTROPY].mean(), found[:, GRADIENT_NORM].mean()
-    return Epoch(torch.cat([means, error[None]]), lambda: None)  # gradients were looked at
+    return torch.cat([means, error[None]])
 
 
 def _importance(batch: TrainingBatch) -> Tensor:
@@ -302,8 +300,8 @@ def minibatch_gradient(network: ActorCritic, rows: TrainingBatch, importance: Te
 
 
 @torch.no_grad()
-def _figures(rows: TrainingBatch, importance: Tensor, seen: list[Minibatch], config: PPOConfig, first: int) -> Tensor:
-    """`[7]`, the means over the rows of these minibatches, and the largest error of the ``first`` ratios."""
+def _figures(rows: TrainingBatch, importance: Tensor, seen: list[Minibatch], config: PPOConfig) -> Tensor:
+    """`[7]`, the means over the rows of these minibatches, and the largest error of the first one's ratios."""
     advantage, log_prob, value = (
         torch.cat([getattr(result, name) for result in seen]) for name in ("advantage", "log_prob", "value")
     )
@@ -313,11 +311,11 @@ def _figures(rows: TrainingBatch, importance: Tensor, seen: list[Minibatch], con
         [
             policy_loss(ratio, importance, advantage, config.clip),
             value_loss(value, rows.value, rows.value_target, config.value_clip),
-            torch.cat([result.entropy.reshape(-1) for result in seen]).mean(),
+            torch.stack([result.entropy for result in seen]).mean(),
             kl_estimate(log_ratio),
             clip_fraction(ratio, config.clip),
-            torch.cat([result.gradient_norm.reshape(-1) for result in seen]).mean(),
-            _ratio_error(log_prob, rows.behavior_log_prob[:first]),
+            torch.stack([result.gradient_norm for result in seen]).mean(),
+            _ratio_error(log_prob, rows.behavior_log_prob[: len(seen[0].log_prob)]),
         ]
     )
 
@@ -327,25 +325,15 @@ def _ratio_error(log_prob: Tensor, behavior_log_prob: Tensor) -> Tensor:
     return (log_prob[: len(behavior_log_prob)] - behavior_log_prob).expm1_().abs_().max()
 
 
-def _check_finite(
-    network: ActorCritic, rows: TrainingBatch, importance: Tensor, result: Minibatch, config: PPOConfig
-) -> None:
-    if math.isfinite(result.gradient_norm.item()):  # what is not finite in what a loss reads now is not in its gradient
-        return
-    figures = _figures(rows, importance, [result], config, len(importance)).tolist()
-    if not all(map(math.isfinite, figures[:GRADIENT_NORM])):
-        _refuse(figures)
+def _refuse(network: ActorCritic, figures: list[float]) -> NoReturn:
+    """Raise `FloatingPointError` for the first loss of these that is not finite, or the newest gradient, or a norm."""
+    for name, index in (("policy loss", POLICY_LOSS), ("value loss", VALUE_LOSS), ("entropy", ENTROPY)):
+        if not math.isfinite(figures[index]):
+            raise FloatingPointError(f"the {name} is {figures[index]}")
     for name, gradient in network.flat()[1].views.items():
         if not torch.isfinite(gradient).all():
             raise FloatingPointError(f"the gradient of {name} is not finite")
-    _refuse(figures)
-
-
-def _refuse(figures: list[float]) -> NoReturn:
-    """Raise `FloatingPointError` for the first of these figures that is not finite."""
-    names = {POLICY_LOSS: "policy loss", VALUE_LOSS: "value loss", ENTROPY: "entropy"}
-    wrong = next((index for index in names if not math.isfinite(figures[index])), GRADIENT_NORM)
-    raise FloatingPointError(f"the {names.get(wrong, 'gradient norm')} is {figures[wrong]}")
+    raise FloatingPointError(f"the gradient norm is {figures[GRADIENT_NORM]}")
 
 
 def _adapt(learning_rate: float, kl: float, config: PPOConfig) -> float:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 __all__ = ["APPROX_KL", "CLIP_FRACTION", "ENTROPY", "FIRST_RATIO_ERROR", "GRADIENT_NORM", "POLICY_LOSS", "VALUE_LOSS"]
-__all__ += ["Epoch", "Minibatch", "TrainingBatch"]
+__all__ += ["Minibatch", "TrainingBatch"]
 
-# What an epoch comes to, in the order of `rustyrl_learner.ppo.Losses`.
+# The figures of an epoch, in the order of `rustyrl_learner.ppo.Losses`.
 POLICY_LOSS, VALUE_LOSS, ENTROPY, APPROX_KL, CLIP_FRACTION, GRADIENT_NORM, FIRST_RATIO_ERROR = range(7)
 
 
@@ -83,15 +83,3 @@ class Minibatch:
     value: Tensor
     entropy: Tensor
     gradient_norm: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Epoch:
-    """What is kept of an epoch.
-
-    figures: `[7]`, means over its minibatches, and the largest error of the first one's ratios
-    check: raises `FloatingPointError` if a gradient of its last minibatch was not finite, naming what was not
-    """
-
-    figures: Tensor
-    check: Callable[[], None]

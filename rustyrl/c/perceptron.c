@@ -56,7 +56,7 @@ enum { TRUNK, POLICY, CRITIC, PARTS };
  * most: pieces of a minibatch
  * panels: where the layers' weights are brought to
  * partial: [pieces, parameters + SUMS], gradients and sums of each piece
- * The others are where in a thread's room something is: `tile` what goes in, `kept` what comes out of each layer.
+ * The others are where in a thread's room something is, which begins with what goes in: `kept` what comes out of each layer.
  */
 typedef struct {
     Work work;
@@ -65,7 +65,7 @@ typedef struct {
     Loss loss;
     size parts[PARTS + 1], outputs, parameters, most;
     float *panels, *partial;
-    size tile, kept[MAX_LAYERS], columns, dfeatures, dz, between[2], sums;
+    size kept[MAX_LAYERS], columns, dfeatures, dz, between[2], sums;
 } Gradient;
 
 /* Rows of a matrix, side by side. */
@@ -107,7 +107,7 @@ FAST static void go_gradient(const Work *work, size piece, size begin, size end,
     memset(dz, 0, sizeof(float) * (this->between[0] - this->dz)); /* what pads it is multiplied, too, and forgotten */
     for (size first = begin; first < end; first += TILE) {
         size rows = least(TILE, end - first);
-        Matrix x = collect(this->x, this->loss.order + first, rows, room + this->tile);
+        Matrix x = collect(this->x, this->loss.order + first, rows, room);
         Matrix features = run_forth(layers, parts[POLICY], x, outs), dfeatures = {0};
         if (parts[POLICY])
             dfeatures = (Matrix){room + this->dfeatures, rows, features.columns, features.columns, 1};
