@@ -42,7 +42,7 @@ class GymCopies:
         self._reader = GymReader(env, envs[0].observation_space)
         self._has_parts = has_parts(self.action_space)
         self._is_number = [isinstance(leaf, spaces.Discrete) for _, leaf in leaves(self.action_space)]
-        self._left = [0] * len(envs)  # env steps until the first episode of a slot is cut short; 0 is never
+        self._left = np.zeros(len(envs), np.int64)  # env steps until a slot's first episode is cut short; 0 is never
 
     def reset(self, seeds: Sequence[int], out: Arrays, first_lengths: Sequence[int] = ()) -> None:
         """Start new episodes, one seed a slot, and write their first observations.
@@ -52,27 +52,27 @@ class GymCopies:
             out: written.
             first_lengths: env steps after which these first episodes are truncated, if they last so long.
         """
-        self._left = list(first_lengths) or [0] * len(self._envs)
+        self._left[:] = first_lengths or 0
         self._reader.read_each([env.reset(seed=seed)[0] for env, seed in zip(self._envs, seeds, strict=True)], out)
 
     def step(self, actions: list[NDArray[Any]], out: StepRows) -> Arrays | None:
         """Write the outcome; what those saw last that ended, or None."""
-        now: list[Any] = []
-        last: list[Any] = []
         out.valid.fill(True)
-        for slot, (env, action) in enumerate(zip(self._envs, self._each(actions), strict=True)):
-            seen, reward, terminated, truncated, _ = env.step(action)
-            out.reward[slot] = self._number(reward)
-            if self._left[slot]:
-                self._left[slot] -= 1
-                truncated = truncated or not self._left[slot]
-            out.terminated[slot], out.truncated[slot] = bool(terminated), bool(truncated)
-            if terminated or truncated:
-                last.append(copy.deepcopy(seen))  # the reset may write into the same arrays
-                seen, _ = env.reset()
-                self._left[slot] = 0
-            now.append(seen)
-        self._reader.read_each(now, out.observation)
+        steps = [env.step(action) for env, action in zip(self._envs, self._each(actions), strict=True)]
+        seen, rewards, terminated, truncated, _ = map(list, zip(*steps, strict=True))
+        out.reward[:] = [one if isinstance(one, float) else self._number(one) for one in rewards]
+        out.terminated[:] = list(map(bool, terminated))
+        out.truncated[:] = list(map(bool, truncated))
+        if self._left.any():
+            first = self._left > 0
+            self._left -= first
+            np.logical_or(out.truncated, first & (self._left == 0), out=out.truncated)
+            self._left[out.terminated | out.truncated] = 0
+        slots = np.flatnonzero(out.terminated | out.truncated).tolist()
+        last = [copy.deepcopy(seen[slot]) for slot in slots]  # a reset may write into the same arrays
+        for slot in slots:
+            seen[slot], _ = self._envs[slot].reset()
+        self._reader.read_each(seen, out.observation)
         return self._reader.read_each(last) if last else None
 
     def close(self) -> None:
@@ -82,7 +82,7 @@ class GymCopies:
     def _each(self, actions: list[NDArray[Any]]) -> list[Any]:
         """What each environment is given: a number for a Discrete, an array, also for shape (), for all else."""
         columns = [
-            list(part) if is_number else [part[slot, ...] for slot in range(len(part))]
+            list(part) if is_number or part.ndim > 1 else [part[slot, ...] for slot in range(len(part))]
             for part, is_number in zip(actions, self._is_number, strict=True)
         ]
         if not self._has_parts:
@@ -90,8 +90,6 @@ class GymCopies:
         return [rebuild(self.action_space, iter(values)) for values in zip(*columns, strict=True)]
 
     def _number(self, reward: Any) -> float:
-        if type(reward) is float:
-            return reward
         try:
             return float(np.asarray(reward).item())
         except (TypeError, ValueError):
@@ -171,7 +169,10 @@ def make_gym(env: str, env_id: str, slots: int, settings: Mapping[str, Any], *, 
                 raise UsageError(f"environment {env!r} comes in batches of {vector.num_envs}; set env.slots to that")
             return vector
         with ExitStack() as stack:
-            made = [stack.enter_context(closing(gymnasium.make(found, **settings))) for _ in range(copies)]
+            made = []
+            for number in range(copies):  # Gymnasium's checker looks at the first only: it takes its time in every step
+                checked = {"disable_env_checker": True, **settings} if number else settings
+                made.append(stack.enter_context(closing(gymnasium.make(found, **checked))))
             stack.pop_all()
             return made
     except (gymnasium.error.Error, ImportError) as error:

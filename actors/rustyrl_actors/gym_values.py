@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rustyrl.errors import ContractError, UsageError
 from rustyrl.spec import ArraySpec
 from rustyrl_actors.environment import Arrays
-from rustyrl_actors.spaces import leaf_values, named_once
+from rustyrl_actors.spaces import has_parts, leaf_values, named_once
 
 __all__ = ["GymAction", "GymReader"]
 
@@ -30,6 +30,7 @@ class GymReader:
         self._env = env
         self._space = space
         self._parts = [_observed(env, name, leaf) for name, leaf in named_once(env, "observation", space)]
+        self._is_one = not has_parts(space)
         self.arrays = tuple(part.array for part in self._parts)
 
     def read(self, seen: Any, out: Arrays) -> None:
@@ -40,7 +41,10 @@ class GymReader:
         """Write n observations, name to `[n, ...]`; into arrays of their own where there is no ``out``."""
         if out is None:
             out = {array.name: np.empty((len(seen), *array.shape), array.dtype) for array in self.arrays}
-        self._write(lambda: zip(*(leaf_values(self._space, one) for one in seen), strict=True), out)
+        if self._is_one:
+            self._write(lambda: iter((seen,)), out)
+        else:
+            self._write(lambda: zip(*(leaf_values(self._space, one) for one in seen), strict=True), out)
         return out
 
     def _write(self, values: Callable[[], Iterator[Any]], out: Arrays) -> None:

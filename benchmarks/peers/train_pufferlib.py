@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import statistics
@@ -22,11 +23,8 @@ from torch import nn
 from work import (
     CLIP,
     ENTROPY,
-    ENV,
-    EPOCHS,
     GAE_LAMBDA,
     GAMMA,
-    HIDDEN,
     MAX_GRADIENT_NORM,
     RATE,
     VALUE,
@@ -41,28 +39,35 @@ WORKERS = 2
 class Network(nn.Module):
     """Actor and critic apart, as PufferLib's trainer calls them."""
 
-    def __init__(self, inputs: int, actions: int) -> None:
+    def __init__(self, hidden: tuple[int, ...], inputs: int, action: Any) -> None:
         super().__init__()
-        self.actor = layers(inputs, actions, 0.01)
-        self.critic = layers(inputs, 1, 1.0)
+        self.log_std = None if hasattr(action, "n") else nn.Parameter(torch.zeros(action.shape))
+        self.actor = layers(hidden, inputs, action.n if self.log_std is None else action.shape[0], 0.01)
+        self.critic = layers(hidden, inputs, 1, 1.0)
 
-    def forward_eval(self, observation: torch.Tensor, _state: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and values."""
-        return self.actor(observation), self.critic(observation)
+    def forward_eval(self, observation: torch.Tensor, _state: Any = None) -> tuple[Any, torch.Tensor]:
+        """Logits, or a normal distribution, and values."""
+        chosen = self.actor(observation)
+        if self.log_std is not None:
+            chosen = torch.distributions.Normal(chosen, self.log_std.exp().expand_as(chosen))
+        return chosen, self.critic(observation)
 
     forward = forward_eval
 
 
-def layers(inputs: int, outputs: int, scale: float) -> nn.Sequential:
+def layers(hidden: tuple[int, ...], inputs: int, outputs: int, scale: float) -> nn.Sequential:
     """A multilayer perceptron."""
-    sizes = (inputs, *HIDDEN)
-    hidden = [(pufferlib.pytorch.layer_init(nn.Linear(a, b)), nn.Tanh()) for a, b in itertools.pairwise(sizes)]
-    return nn.Sequential(*sum(hidden, ()), pufferlib.pytorch.layer_init(nn.Linear(sizes[-1], outputs), std=scale))
+    sizes = (inputs, *hidden)
+    pairs = [(pufferlib.pytorch.layer_init(nn.Linear(a, b)), nn.Tanh()) for a, b in itertools.pairwise(sizes)]
+    return nn.Sequential(*sum(pairs, ()), pufferlib.pytorch.layer_init(nn.Linear(sizes[-1], outputs), std=scale))
 
 
-def make_env(buf: Any = None, seed: int = 0) -> Any:
+def make_env(name: str, buf: Any = None, seed: int = 0) -> Any:
     """What a worker steps."""
-    env = pufferlib.EpisodeStats(gymnasium.make(ENV))
+    env = gymnasium.make(name)
+    if isinstance(env.action_space, gymnasium.spaces.Box):
+        env = pufferlib.ClipAction(env)
+    env = pufferlib.EpisodeStats(env)
     return pufferlib.emulation.GymnasiumPufferEnv(env=env, buf=buf, seed=seed)
 
 
@@ -77,7 +82,7 @@ def vectorization(work: Work) -> dict[str, Any]:
 def settings(work: Work, folder: str) -> dict[str, object]:
     """The ``train`` section of its configuration."""
     return {
-        "env": ENV,
+        "env": work.env,
         "seed": work.seed,
         "device": "cpu",
         "cpu_offload": False,
@@ -90,7 +95,7 @@ def settings(work: Work, folder: str) -> dict[str, object]:
         "bptt_horizon": work.unroll_length,
         "minibatch_size": work.minibatch,
         "max_minibatch_size": work.minibatch,
-        "update_epochs": EPOCHS,
+        "update_epochs": work.epochs,
         "optimizer": "adam",
         "learning_rate": RATE,
         "anneal_lr": False,
@@ -121,8 +126,9 @@ def main() -> None:
     np.random.seed(work.seed)
     returns: list[float] = []
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        envs = pufferlib.vector.make(make_env, num_envs=work.slots, seed=work.seed, **vectorization(work))
-        network = Network(envs.single_observation_space.shape[0], int(envs.single_action_space.n))
+        making = functools.partial(make_env, work.env)
+        envs = pufferlib.vector.make(making, num_envs=work.slots, seed=work.seed, **vectorization(work))
+        network = Network(work.hidden, envs.single_observation_space.shape[0], envs.single_action_space)
         trainer = PuffeRL(settings(work, folder), envs, network)
         trainer.print_dashboard = lambda *_, **__: None
         while trainer.global_step < work.total_steps:

@@ -10,11 +10,8 @@ from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 from work import (
     CLIP,
     ENTROPY,
-    ENV,
-    EPOCHS,
     GAE_LAMBDA,
     GAMMA,
-    HIDDEN,
     MAX_GRADIENT_NORM,
     RATE,
     VALUE,
@@ -34,7 +31,7 @@ def main() -> None:
     ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
     config = (
         PPOConfig()
-        .environment(ENV)
+        .environment(work.env)
         .env_runners(
             num_env_runners=RUNNERS,
             num_envs_per_env_runner=work.slots // RUNNERS,
@@ -43,7 +40,7 @@ def main() -> None:
         .training(
             train_batch_size_per_learner=work.batch,
             minibatch_size=work.minibatch,
-            num_epochs=EPOCHS,
+            num_epochs=work.epochs,
             lr=RATE,
             gamma=GAMMA,
             lambda_=GAE_LAMBDA,
@@ -56,7 +53,7 @@ def main() -> None:
         )
         .rl_module(
             model_config=DefaultModelConfig(
-                fcnet_hiddens=list(HIDDEN), fcnet_activation="tanh", head_fcnet_hiddens=[], vf_share_layers=False
+                fcnet_hiddens=list(work.hidden), fcnet_activation="tanh", head_fcnet_hiddens=[], vf_share_layers=False
             )
         )
         .debugging(seed=work.seed, log_level="ERROR")

@@ -15,11 +15,8 @@ from sample_factory.train import make_runner
 from work import (
     CLIP,
     ENTROPY,
-    ENV,
-    EPOCHS,
     GAE_LAMBDA,
     GAMMA,
-    HIDDEN,
     MAX_GRADIENT_NORM,
     RATE,
     VALUE,
@@ -39,7 +36,7 @@ def make_env(name: str, *_: Any, render_mode: str | None = None) -> gymnasium.En
 def settings(work: Work, folder: str) -> dict[str, object]:
     """Its command line, as a table."""
     return {
-        "env": ENV,
+        "env": work.env,
         "algo": "APPO",
         "experiment": "peers",
         "train_dir": folder,
@@ -51,7 +48,7 @@ def settings(work: Work, folder: str) -> dict[str, object]:
         "rollout": work.unroll_length,
         "batch_size": work.minibatch,
         "num_batches_per_epoch": work.batch // work.minibatch,
-        "num_epochs": EPOCHS,
+        "num_epochs": work.epochs,
         "learning_rate": RATE,
         "gamma": GAMMA,
         "gae_lambda": GAE_LAMBDA,
@@ -75,10 +72,10 @@ def main() -> None:
     work = Work.parse()
     clock = Clock()
     returns: list[float] = []
-    register_env(ENV, make_env)
+    register_env(work.env, make_env)
     with tempfile.TemporaryDirectory() as folder:
         arguments = [f"--{name}={value}" for name, value in settings(work, folder).items()]
-        arguments += ["--encoder_mlp_layers", *map(str, HIDDEN)]
+        arguments += ["--encoder_mlp_layers", *map(str, work.hidden)]
         parser, _ = parse_sf_args(argv=arguments)
         _, runner = make_runner(parse_full_cfg(parser, arguments))
         runner.policy_msg_handlers[LEARNER_ENV_STEPS].append(  # its method for this takes first handlers only

@@ -11,11 +11,8 @@ from torch import nn
 from work import (
     CLIP,
     ENTROPY,
-    ENV,
-    EPOCHS,
     GAE_LAMBDA,
     GAMMA,
-    HIDDEN,
     MAX_GRADIENT_NORM,
     RATE,
     VALUE,
@@ -45,18 +42,18 @@ def main() -> None:
     clock = Clock()
     model = PPO(
         "MlpPolicy",
-        make_vec_env(ENV, n_envs=work.slots, seed=work.seed),
+        make_vec_env(work.env, n_envs=work.slots, seed=work.seed),
         learning_rate=RATE,
         n_steps=work.unroll_length,
         batch_size=work.minibatch,
-        n_epochs=EPOCHS,
+        n_epochs=work.epochs,
         gamma=GAMMA,
         gae_lambda=GAE_LAMBDA,
         clip_range=CLIP,
         ent_coef=ENTROPY,
         vf_coef=VALUE,
         max_grad_norm=MAX_GRADIENT_NORM,
-        policy_kwargs={"net_arch": {"pi": list(HIDDEN), "vf": list(HIDDEN)}, "activation_fn": nn.Tanh},
+        policy_kwargs={"net_arch": {"pi": list(work.hidden), "vf": list(work.hidden)}, "activation_fn": nn.Tanh},
         seed=work.seed,
         device="cpu",
     )

@@ -8,17 +8,25 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-__all__ = ["CLIP", "ENTROPY", "ENV", "EPOCHS", "GAE_LAMBDA", "GAMMA", "HIDDEN", "MAX_GRADIENT_NORM", "RATE", "Clock"]
-__all__ += ["VALUE", "Work", "print_marks"]
+__all__ = [
+    "CLIP",
+    "ENTROPY",
+    "GAE_LAMBDA",
+    "GAMMA",
+    "MAX_GRADIENT_NORM",
+    "RATE",
+    "VALUE",
+    "Clock",
+    "Work",
+    "print_marks",
+]
 
-ENV = "CartPole-v1"
-HIDDEN = (64, 64)  # tanh layers of the actor, and as many of the critic
-EPOCHS = 4
 RATE = 1e-3  # of Adam, constant
 CLIP = 0.2
 GAMMA = 0.99
@@ -30,11 +38,21 @@ MAX_GRADIENT_NORM = 0.5
 
 @dataclass(frozen=True)
 class Work:
-    """What may differ between windows."""
+    """What may differ from run to run; the constants above may not.
+
+    env: its Gymnasium ID
+    slots: environments
+    hidden: widths of tanh layers of the actor, and of as many of the critic
+    minibatches: optimiser steps of an epoch
+    """
 
     total_steps: int
-    slots: int = 128  # environments
+    env: str = "CartPole-v1"
+    slots: int = 128
     unroll_length: int = 128
+    hidden: tuple[int, ...] = (64, 64)
+    epochs: int = 4
+    minibatches: int = 4
     seed: int = 1
 
     @property
@@ -44,22 +62,35 @@ class Work:
 
     @property
     def minibatch(self) -> int:
-        """Env steps of an optimiser step: a quarter of the batch."""
-        return self.batch // 4
+        """Env steps of an optimiser step."""
+        return self.batch // self.minibatches
 
-    def arguments(self) -> list[str]:
-        """What ``parse`` makes this of."""
-        return [f"--{name.replace('_', '-')}={value}" for name, value in vars(self).items()]
+    @staticmethod
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        """The options that say what the work is."""
+        parser.add_argument("--total-steps", type=int, default=196_608, help="env steps that a window learns for")
+        parser.add_argument("--env", default=Work.env, help="a Gymnasium ID that everyone can make")
+        parser.add_argument("--slots", type=int, default=Work.slots, help="environments, in all")
+        parser.add_argument("--unroll-length", type=int, default=Work.unroll_length)
+        parser.add_argument("--hidden", type=int, nargs="+", default=Work.hidden, help="widths of the layers")
+        parser.add_argument("--epochs", type=int, default=Work.epochs)
+        parser.add_argument("--minibatches", type=int, default=Work.minibatches, help="of an epoch")
+
+    @staticmethod
+    def of(values: dict[str, Any], **others: Any) -> Work:
+        """The work that options, or what an adapter was started with, ask for."""
+        known = {one.name: values[one.name] for one in fields(Work) if one.name in values} | others
+        return Work(**known | {"hidden": tuple(known["hidden"])})
+
+    @property
+    def argument(self) -> str:
+        """The command line of an adapter."""
+        return json.dumps(asdict(self))
 
     @staticmethod
     def parse() -> Work:
         """The work that this process was started for."""
-        parser = argparse.ArgumentParser()
-        parser.add_argument("--total-steps", type=int, required=True)
-        parser.add_argument("--slots", type=int, required=True)
-        parser.add_argument("--unroll-length", type=int, required=True)
-        parser.add_argument("--seed", type=int, required=True)
-        return Work(**vars(parser.parse_args()))
+        return Work.of(json.loads(sys.argv[1]))
 
 
 @dataclass
