@@ -63,7 +63,8 @@ def main() -> None:
     while steps < work.total_steps:
         result = algorithm.train()
         steps = int(result["num_env_steps_sampled_lifetime"])
-        return_mean = float(result["env_runners"]["episode_return_mean"])
+        if "episode_return_mean" in result["env_runners"]:  # an episode has ended by now
+            return_mean = float(result["env_runners"]["episode_return_mean"])
         clock.mark(steps)
     print_marks(clock, return_mean, "ray")
     algorithm.stop()
