@@ -58,11 +58,15 @@ SIZES = {"64KB": 64 << 10, "1MB": 1 << 20, "8MB": 8 << 20}
 STEPS = 32  # T
 OBSERVATION, ACTION = 16, 4  # numbers of a slot
 SLOT_BYTES = STEPS * (4 * (OBSERVATION + ACTION + 2) + 3) + 4 * OBSERVATION
-ENDS = 4  # truncated steps, and as many ended episodes, of a rollout
+ENDS = 8  # episodes of a rollout that end, at most: how many, and how many of them by truncation, changes each time
 BUFFERS = 4  # rollouts that the sender has memory for; raw ZeroMQ in benchmarks/wire.py has as many
 TICKETS_OUT = 2
 ROUND_BYTES = 16 << 20  # what a ticket of this benchmark asks for, in whole rollouts, but not more than ...
-LARGEST_ROUND = 32  # ... so many: enough that the sender never waits
+LARGEST_ROUND = 128  # ... so many: with two tickets out, as many are on their way as raw ZeroMQ's high-water mark lets
+END_STEP = STEPS // 2
+SLOTS = np.arange(ENDS, dtype=np.int32)
+FINAL_INDEX = np.stack([np.full(ENDS, END_STEP, np.int32), SLOTS], axis=1)
+LENGTHS, RETURNS = SLOTS + 100, np.linspace(-1, 1, ENDS, dtype=np.float32)
 MAX_PROCESSES = 4  # that the actors of a publication are spread over
 DRAIN_SHARE = 0.1  # of a window: what waited since the last one is taken in first
 START_S = 60.0
@@ -287,6 +291,8 @@ def send_rollouts(address: str, size: int) -> None:
     spec = bench_spec(size)
     fingerprint = spec.fingerprint
     rollouts = [fill_rollout(spec, seed) for seed in range(BUFFERS)]
+    ends = [(episodes, truncated) for episodes in range(ENDS + 1) for truncated in range(episodes + 1)]
+    np.random.default_rng(0).shuffle(ends)
     on_their_way: deque[Sent] = deque()  # the oldest first
     turn = 0
     with RolloutSender(address) as link:
@@ -299,24 +305,29 @@ def send_rollouts(address: str, size: int) -> None:
                     on_their_way.popleft().wait(WAIT_S)  # this memory is about to change
                 rollout = rollouts[turn % BUFFERS]
                 rollout.origin = RolloutOrigin(fingerprint, "main", received.message.ticket, 0, 0, 1, {"act": 0.5})
+                end_episodes(rollout, *ends[turn % len(ends)])
                 on_their_way.append(link.send_frames(*encode_rollout(rollout), WAIT_S))
                 turn += 1
 
 
 def fill_rollout(spec: EnvironmentSpec, seed: int) -> Rollout:
-    """A rollout with plausible numbers in it, and some ends."""
+    """A rollout with plausible numbers in it, in which no episode ends."""
     noise = np.random.default_rng(seed)
     rollout = allocate_rollout(spec, STEPS, spec.slots, RolloutOrigin("", "", Ticket(0, 0, (0,)), 0, 0, 0))
     numbers = (*rollout.observation.values(), *rollout.action.values(), rollout.behavior_log_prob, rollout.reward)
     for array in numbers:
         array[...] = noise.standard_normal(array.shape)
     rollout.terminated[...], rollout.truncated[...], rollout.valid[...] = False, False, True
-    slots = np.arange(ENDS, dtype=np.int32)
-    rollout.truncated[STEPS // 2, :ENDS] = True
-    rollout.final_index = np.stack([np.full(ENDS, STEPS // 2, np.int32), slots], axis=1)
-    rollout.final_observation = {name: array[STEPS // 2, :ENDS] for name, array in rollout.observation.items()}
-    rollout.episodes = EpisodeRows(slots, noise.standard_normal(ENDS).astype(np.float32), slots + 100, {})
     return rollout
+
+
+def end_episodes(rollout: Rollout, episodes: int, truncated: int) -> None:
+    """Have so many episodes end in the middle of a rollout, the first ones by truncation."""
+    rollout.truncated[END_STEP] = rollout.terminated[END_STEP] = False
+    rollout.truncated[END_STEP, :truncated] = rollout.terminated[END_STEP, truncated:episodes] = True
+    rollout.final_index = FINAL_INDEX[:truncated]
+    rollout.final_observation = {name: array[END_STEP, :truncated] for name, array in rollout.observation.items()}
+    rollout.episodes = EpisodeRows(SLOTS[:episodes], RETURNS[:episodes], LENGTHS[:episodes], {})
 
 
 def decode_policies(address: str, count: int) -> None:

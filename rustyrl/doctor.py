@@ -26,7 +26,6 @@ __all__ = ["examine"]
 BASE = (
     "esper",
     "gymnasium",
-    "msgpack",
     "msgspec",
     "numpy",
     "psutil",

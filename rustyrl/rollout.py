@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,8 +31,7 @@ ITEM_BYTES = {name: np.dtype(name).itemsize for name in get_args(DTypeName)}
 POISON = 0xCB  # a byte pattern that reads as a huge negative float32 and as neither True nor False
 
 
-@dataclass(frozen=True, slots=True)
-class Ticket:
+class Ticket(msgspec.Struct, frozen=True):
     """The learner's order for experience: these worlds, for this batch, under this policy version."""
 
     batch: int
@@ -39,8 +39,7 @@ class Ticket:
     worlds: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class RolloutOrigin:
+class RolloutOrigin(msgspec.Struct, frozen=True):
     """Where a rollout comes from, so that the learner can hold it against the ticket that it answers.
 
     fresh: those of the ticket's worlds whose episodes began with it, whatever was in the batch before
@@ -52,7 +51,7 @@ class RolloutOrigin:
     learner_incarnation: int
     actor_index: int
     actor_incarnation: int
-    stage_s: dict[str, float] = field(default_factory=dict)
+    stage_s: dict[str, float] = msgspec.field(default_factory=dict)
     fresh: tuple[int, ...] = ()
 
 
@@ -90,6 +89,7 @@ class Rollout:
     final_observation: name to `[K, ...]`, what was seen at those steps before the reset
     episodes: the episodes that ended here
     storage: uint8, the one contiguous block that the fixed-size arrays are views of, or None
+    tables: what the wire said of it before, by what stood behind the fixed-size arrays
     """
 
     origin: RolloutOrigin
@@ -105,6 +105,7 @@ class Rollout:
     final_observation: dict[str, NDArray[np.generic]]
     episodes: EpisodeRows
     storage: NDArray[np.uint8] | None = None
+    tables: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def unroll_length(self) -> int:
@@ -119,6 +120,8 @@ class Rollout:
 
 def vanished(rollout: Rollout) -> NDArray[np.bool_]:
     """`[T-1, W]` bool, the steps after which an agent is gone although its episode did not end."""
+    if rollout.valid.all():
+        return np.zeros((rollout.unroll_length - 1, rollout.slots), bool)
     ended = rollout.terminated | rollout.truncated
     gone: NDArray[np.bool_] = rollout.valid[:-1] & ~rollout.valid[1:] & ~ended[:-1]
     return gone
@@ -130,7 +133,7 @@ def first_not_finite(rollout: Rollout, numbers: Mapping[str, NDArray[Any]]) -> t
     What stands where there was no agent means nothing, and is passed over.
     """
     for name, array in numbers.items():
-        if array.dtype.kind != "f" or np.isfinite(array).all():
+        if _is_finite(array):
             continue
         for t, slot in np.argwhere(~np.isfinite(array))[:, :2]:
             if t >= rollout.unroll_length or rollout.valid[t, slot]:
@@ -142,10 +145,17 @@ def first_not_finite(rollout: Rollout, numbers: Mapping[str, NDArray[Any]]) -> t
 def first_final_not_finite(rollout: Rollout) -> tuple[int, int, str] | None:
     """The same for final observations."""
     for name, array in rollout.final_observation.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if not _is_finite(array):
             t, slot = rollout.final_index[int(np.argwhere(~np.isfinite(array))[0][0])]
             return int(t), int(slot), f"the final observation {name!r} is not finite"
     return None
+
+
+def _is_finite(array: NDArray[Any]) -> bool:
+    """Whether all numbers are finite; the sum of their squares says so in half the time, unless they are huge."""
+    if array.dtype.kind != "f":
+        return True
+    return bool(np.vdot(array, array) < np.inf or np.isfinite(array).all())
 
 
 def rollout_arrays(spec: EnvironmentSpec, unroll_length: int, slots: int) -> list[ArraySpec]:

@@ -2,17 +2,18 @@
 
 A message is exactly two frames: a msgpack header and one contiguous blob, empty where there is nothing to
 carry. The header is an array ``[wire version, body]``, the body a map whose ``type`` says which struct below it is.
-Headers are decoded by msgpack under size limits and then checked field by field against those structs; blobs are
+Headers of bounded size are read field by field into those structs, whose types say what each may hold; blobs are
 checked against the header before anything is built from them. What fails raises `WireError` with a reason under which
 it is counted. docs/protocol.md says all of it to those who write an actor in another language.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Annotated, Any, Literal, get_args
+from functools import lru_cache
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_args
 
-import msgpack
 import msgspec
 import numpy as np
 from msgspec import Meta
@@ -63,9 +64,12 @@ MAX_BLOB_BYTES = 1 << 31
 MAX_STATE_BYTES = 1 << 26  # of one world: every actor may send one, so this bounds what a learner has to take in
 MAX_ARRAYS = 1024
 MAX_WORLDS = 65536
+KNOWN_LAYOUTS = 256  # of rollouts that are kept, ...
+KNOWN_LAYOUT_BYTES = 4096  # ... of headers in which they take not more
 _DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in get_args(DTypeName)}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
+_Named = list[tuple[str, NDArray[Any]]]
 _ROLLOUT_ARRAYS = {
     *("behavior_log_prob", "reward", "terminated", "truncated", "valid", "final_index"),
     *("episode.slot", "episode.return", "episode.length"),
@@ -79,6 +83,7 @@ Fingerprint = Annotated[str, Meta(max_length=64)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 World = Annotated[int, Meta(ge=0, lt=MAX_WORLDS)]
 Worlds = Annotated[tuple[World, ...], Meta(min_length=1, max_length=MAX_WORLDS)]
+RolloutArrays = Annotated[tuple[ArraySpec, ...], Meta(max_length=MAX_ARRAYS)]
 
 
 class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -100,7 +105,7 @@ class Welcome(_Message, frozen=True, tag="welcome"):
     index: Annotated[int, Meta(ge=0, le=MAX_WORLDS)]
     learner_incarnation: Count
     env: Text
-    env_config: dict[Text, bool | int | float | str]
+    env_config: Annotated[dict[Text, bool | int | float | Text], Meta(max_length=MAX_ARRAYS)]
     seed: Count
     unroll_length: Annotated[int, Meta(ge=1, le=65536)]
     stagger: bool
@@ -209,6 +214,7 @@ class RolloutHeader(_Message, frozen=True, tag="rollout"):
     """Actor to learner: the blob is the answer to this ticket; its arrays follow one another, aligned.
 
     fresh: those of its worlds whose episodes began with it
+    arrays: `RolloutArrays` as they came: most rollouts of an actor have the same, which need not be read again
     """
 
     fingerprint: Fingerprint
@@ -221,7 +227,7 @@ class RolloutHeader(_Message, frozen=True, tag="rollout"):
     actor_index: Annotated[int, Meta(ge=0, le=MAX_WORLDS)]
     actor_incarnation: Count
     stage_s: Annotated[dict[Annotated[str, Meta(max_length=32)], Seconds], Meta(max_length=16)]
-    arrays: Annotated[tuple[ArraySpec, ...], Meta(max_length=MAX_ARRAYS)]
+    arrays: msgspec.Raw
 
 
 Message = (
@@ -246,6 +252,9 @@ WITH_BLOB = (RolloutHeader, WeightsHeader, WorldState)  # the blob of all others
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(tuple[int, Message])
+_ANY_VERSION = msgspec.msgpack.Decoder(tuple[int, msgspec.Raw])
+_ARRAYS = msgspec.msgpack.Decoder(RolloutArrays)
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def encode_message(message: Message) -> bytes:
@@ -258,29 +267,29 @@ def decode_header(frame: bytes | memoryview) -> Message:
     if len(frame) > MAX_HEADER_BYTES:
         raise WireError("oversize", f"a header of {len(frame)} bytes, at most {MAX_HEADER_BYTES}")
     try:
-        content = msgpack.unpackb(
-            frame,
-            max_array_len=MAX_WORLDS,
-            max_map_len=MAX_ARRAYS,
-            max_str_len=4096,
-            max_bin_len=0,
-            max_ext_len=0,
-            strict_map_key=True,
-        )
-    except Exception as error:  # msgpack raises a dozen kinds, ValueError to RecursionError
-        raise WireError("malformed", f"not a msgpack header: {error}") from None
-    if not isinstance(content, list) or len(content) != 2 or type(content[0]) is not int:
-        raise WireError("malformed", "a header is [wire version, body]")
-    if content[0] != WIRE_VERSION:
+        version, message = _DECODER.decode(frame)
+        if isinstance(message, RolloutHeader):
+            _layout(message.arrays)
+    except _UNREADABLE as error:
+        _check_version(frame)
+        raise WireError("malformed", str(error)) from None
+    if version != WIRE_VERSION:
+        _check_version(frame)
+    return message
+
+
+def _check_version(frame: bytes | memoryview) -> None:
+    """Refuse a header of another version, whatever stands in its body."""
+    try:
+        version, _ = _ANY_VERSION.decode(frame)
+    except _UNREADABLE:
+        return
+    if version != WIRE_VERSION:
         release = installed_version("rustyrl") or "of this folder"
         ours = f"this side {WIRE_VERSION} (rustyrl {release})"
-        older = content[0] < WIRE_VERSION
+        older = version < WIRE_VERSION
         remedy = f"install rustyrl {release} there" if older else "install that rustyrl here, too"
-        raise WireError("wire-version", f"the other side speaks wire version {content[0]}, {ours}: {remedy}")
-    try:  # from the bytes again, which is faster than from what msgpack made of them; its limits hold for both
-        return _DECODER.decode(frame)[1]
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise WireError("malformed", str(error)) from None
+        raise WireError("wire-version", f"the other side speaks wire version {version}, {ours}: {remedy}")
 
 
 def encode_rollout(rollout: Rollout) -> tuple[bytes, memoryview]:
@@ -290,18 +299,19 @@ def encode_rollout(rollout: Rollout) -> tuple[bytes, memoryview]:
     """
     if rollout.storage is None:
         raise ValueError("only rollouts made by allocate_rollout are encoded")
-    fixed = _fixed_arrays(rollout)
     tail = _tail_arrays(rollout)
-    arrays = [ArraySpec(name, array.shape, _dtype_name(array.dtype)) for name, array in [*fixed, *tail]]
-    offset = sum(aligned(array.nbytes) for _, array in fixed)
-    size = offset + sum(aligned(array.nbytes) for _, array in tail)
+    key = tuple([(name, array.shape, array.dtype) for name, array in tail])
+    if (table := rollout.tables.get(key)) is None:
+        if len(rollout.tables) >= KNOWN_LAYOUTS:
+            rollout.tables.clear()
+        table = rollout.tables[key] = _encode_table(_fixed_arrays(rollout), tail)
+    arrays, offsets, size = table
     storage = rollout.storage
     if size > len(storage):  # more episodes ended than there was room for
         storage = np.empty(size, np.uint8)
-        storage[:offset] = rollout.storage[:offset]
-    for _, array in tail:
+        storage[: offsets[0]] = rollout.storage[: offsets[0]]
+    for (_, array), offset in zip(tail, offsets, strict=True):
         np.ndarray(array.shape, array.dtype, storage, offset)[...] = array
-        offset += aligned(array.nbytes)
     origin = rollout.origin
     header = RolloutHeader(
         fingerprint=origin.fingerprint,
@@ -314,9 +324,16 @@ def encode_rollout(rollout: Rollout) -> tuple[bytes, memoryview]:
         actor_index=origin.actor_index,
         actor_incarnation=origin.actor_incarnation,
         stage_s=origin.stage_s,
-        arrays=tuple(arrays),
+        arrays=msgspec.Raw(arrays),
     )
     return encode_message(header), storage[:size].data
+
+
+def _encode_table(fixed: _Named, tail: _Named) -> tuple[bytes, list[int], int]:
+    """What a header says of these arrays, where those of the tail lie in the blob, and the size of the blob."""
+    arrays = [ArraySpec(name, array.shape, _dtype_name(array.dtype)) for name, array in [*fixed, *tail]]
+    ends = list(itertools.accumulate(aligned(array.nbytes) for _, array in [*fixed, *tail]))
+    return _ENCODER.encode(arrays), ends[len(fixed) - 1 : -1], ends[-1]
 
 
 def decode_rollout(header: RolloutHeader, blob: memoryview) -> Rollout:
@@ -327,18 +344,20 @@ def decode_rollout(header: RolloutHeader, blob: memoryview) -> Rollout:
     """
     if len(blob) > MAX_BLOB_BYTES:
         raise WireError("oversize", f"a blob of {len(blob)} bytes, at most {MAX_BLOB_BYTES}")
-    views: dict[str, NDArray[Any]] = {}
-    offset = 0
-    for array in header.arrays:
-        count = array_bytes(array)
-        if offset + count > len(blob):
-            raise WireError("truncated", f"{array.name} ends at byte {offset + count} of {len(blob)}")
-        if array.name in views:
-            raise WireError("malformed", f"two arrays are named {array.name!r}")
-        views[array.name] = _view(array, _DTYPES[array.dtype], blob, offset, count)
-        offset += aligned(count)
-    if offset != len(blob):
-        raise WireError("malformed", f"the arrays take {offset} bytes, the blob has {len(blob)}")
+    layout = _layout(header.arrays)
+    if layout.fault:
+        raise WireError("malformed", layout.fault)
+    if layout.size != len(blob):
+        _refuse_size(layout, len(blob))
+    for names, start, count in layout.flags:
+        rows = np.ndarray((len(names), count), np.uint8, blob, start, (aligned(count), 1))
+        if np.maximum.reduce(rows, axis=None) > 1:
+            name = names[int((rows > 1).any(axis=1).argmax())]
+            raise WireError("malformed", f"{name} holds bytes that are neither False nor True")
+    try:
+        views = {name: np.ndarray(shape, dtype, blob, start) for name, shape, dtype, start, _ in layout.arrays}
+    except ValueError as error:  # empty, of dimensions whose product numpy cannot count
+        raise WireError("malformed", str(error)) from None
     origin = RolloutOrigin(
         fingerprint=header.fingerprint,
         policy_name=header.policy_name,
@@ -349,23 +368,73 @@ def decode_rollout(header: RolloutHeader, blob: memoryview) -> Rollout:
         stage_s=header.stage_s,
         fresh=header.fresh,
     )
-    try:
-        episodes = EpisodeRows(
-            slot=views["episode.slot"],
-            episode_return=views["episode.return"],
-            length=views["episode.length"],
-            metrics={
-                name.removeprefix("episode_metric."): view
-                for name, view in views.items()
-                if name.startswith("episode_metric.")
-            },
-        )
-        rollout = rollout_from_arrays(views, origin, episodes, final_index=views["final_index"])
-    except KeyError as error:
-        raise WireError("malformed", f"the rollout lacks the array {error}") from None
-    if unknown := [name for name in views if name not in _ROLLOUT_ARRAYS and not name.startswith(_ROLLOUT_GROUPS)]:
-        raise WireError("malformed", f"a rollout has no array {unknown[0]!r}")
-    return rollout
+    episodes = EpisodeRows(
+        slot=views["episode.slot"],
+        episode_return=views["episode.return"],
+        length=views["episode.length"],
+        metrics={name.removeprefix("episode_metric."): views[name] for name in layout.metrics},
+    )
+    return rollout_from_arrays(views, origin, episodes, final_index=views["final_index"])
+
+
+class _Layout(NamedTuple):
+    """Where the arrays of a rollout lie in its blob.
+
+    arrays: name, shape, kind of number, and the bytes from which and before which each one lies
+    flags: names of neighbours of one size that hold True and False, where they begin, and the bytes of each
+    metrics: those of ended episodes
+    size: bytes of all
+    fault: why these are not the arrays of a rollout, if they are not
+    """
+
+    arrays: tuple[tuple[str, tuple[int, ...], np.dtype[Any], int, int], ...]
+    flags: tuple[tuple[tuple[str, ...], int, int], ...]
+    metrics: tuple[str, ...]
+    size: int
+    fault: str
+
+
+def _layout(arrays: msgspec.Raw) -> _Layout:
+    """Where the arrays of a header lie; raises one of `_UNREADABLE` if they are no `RolloutArrays`."""
+    given = bytes(arrays)
+    return _known_layout(given) if len(given) <= KNOWN_LAYOUT_BYTES else _read_layout(given)
+
+
+def _read_layout(given: bytes) -> _Layout:
+    arrays = _ARRAYS.decode(given)
+    found: dict[str, tuple[str, tuple[int, ...], np.dtype[Any], int, int]] = {}
+    faults: list[str] = []
+    offset = 0
+    for array in arrays:
+        if array.name in found:
+            faults.append(f"two arrays are named {array.name!r}")
+        count = array_bytes(array)
+        found[array.name] = (array.name, array.shape, _DTYPES[array.dtype], offset, offset + count)
+        offset += aligned(count)
+    faults += [f"the rollout lacks the array {name!r}" for name in sorted(_ROLLOUT_ARRAYS - found.keys())]
+    unknown = [name for name in found if name not in _ROLLOUT_ARRAYS and not name.startswith(_ROLLOUT_GROUPS)]
+    faults += [f"a rollout has no array {name!r}" for name in unknown]
+    flags: list[tuple[tuple[str, ...], int, int]] = []
+    for name, _, dtype, start, stop in found.values():
+        names, first, count = flags[-1] if flags else ((), 0, 0)
+        if dtype.kind != "b" or stop == start:
+            continue
+        if (stop - start, first + len(names) * aligned(count)) == (count, start):
+            flags[-1] = (*names, name), first, count
+        else:
+            flags.append(((name,), start, stop - start))
+    metrics = [name for name in found if name.startswith("episode_metric.")]
+    return _Layout(tuple(found.values()), tuple(flags), tuple(metrics), offset, faults[0] if faults else "")
+
+
+_known_layout = lru_cache(maxsize=KNOWN_LAYOUTS)(_read_layout)
+
+
+def _refuse_size(layout: _Layout, size: int) -> NoReturn:
+    for name, _, _, _, stop in layout.arrays:
+        if stop > size:
+            raise WireError("truncated", f"{name} ends at byte {stop} of {size}")
+    raise WireError("malformed", f"the arrays take {layout.size} bytes, the blob has {size}")
 
 
 def encode_world_state(
@@ -406,7 +475,12 @@ def view_world_state(header: WorldState, blob: memoryview) -> dict[str, NDArray[
         count = math.prod(array.shape) * dtype.itemsize
         if offset + count > len(blob):
             raise WireError("truncated", f"{array.name} ends at byte {offset + count} of {len(blob)}")
-        arrays[array.name] = _view(array, dtype, blob, offset, count)
+        if dtype.kind == "b" and count and np.ndarray((count,), np.uint8, blob, offset).max() > 1:
+            raise WireError("malformed", f"{array.name} holds bytes that are neither False nor True")
+        try:
+            arrays[array.name] = np.ndarray(array.shape, dtype, blob, offset)
+        except ValueError as error:  # empty, of dimensions whose product numpy cannot count
+            raise WireError("malformed", f"{array.name}: {error}") from None
         offset += count
     if offset != len(blob):
         raise WireError("malformed", f"the arrays take {offset} bytes, the blob has {len(blob)}")
@@ -420,28 +494,12 @@ def decode_weights_message(blob: memoryview) -> Weights:
     return decode_weights(blob)
 
 
-def _view(
-    array: ArraySpec | StateArray, dtype: np.dtype[Any], blob: memoryview, offset: int, count_bytes: int
-) -> NDArray[Any]:
-    """An array where it lies in a blob that is long enough; raises `WireError` if its bytes are none of its kind."""
-    if array.dtype == "bool" and count_bytes and np.maximum.reduce(_flat(blob, offset, count_bytes)) > 1:
-        raise WireError("malformed", f"{array.name} holds bytes that are neither False nor True")
-    try:
-        return np.ndarray(array.shape, dtype, blob, offset)
-    except ValueError as error:  # empty, of dimensions whose product numpy cannot count
-        raise WireError("malformed", f"{array.name}: {error}") from None
-
-
-def _flat(blob: memoryview, offset: int, count_bytes: int) -> NDArray[np.uint8]:
-    return np.ndarray((count_bytes,), np.uint8, blob, offset)
-
-
 def _dtype_name(dtype: np.dtype[Any]) -> Any:
     """What numpy calls it; numpy itself takes several microseconds to say so."""
     return _DTYPE_NAMES.get(dtype) or str(dtype)
 
 
-def _fixed_arrays(rollout: Rollout) -> list[tuple[str, NDArray[Any]]]:
+def _fixed_arrays(rollout: Rollout) -> _Named:
     return [
         *((f"observation.{name}", array) for name, array in rollout.observation.items()),
         *((f"action.{name}", array) for name, array in rollout.action.items()),
@@ -454,7 +512,7 @@ def _fixed_arrays(rollout: Rollout) -> list[tuple[str, NDArray[Any]]]:
     ]
 
 
-def _tail_arrays(rollout: Rollout) -> list[tuple[str, NDArray[Any]]]:
+def _tail_arrays(rollout: Rollout) -> _Named:
     episodes = rollout.episodes
     return [
         ("final_index", rollout.final_index),

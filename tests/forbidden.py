@@ -19,7 +19,7 @@ EVERYWHERE = "tcp://" + "*"
 # Files that name the address in order to refuse it.
 REFUSING = {"rustyrl/addresses.py", "tests/test_addresses.py", "tests/test_errors.py", "tests/test_forbidden.py"}
 TEXTS = {".py", ".sh", ".toml", ".yaml", ".yml", ".cfg", ".ini", ".Dockerfile", ""}
-INSTEAD = "msgspec, msgpack or safetensors read foreign bytes without running them"
+INSTEAD = "msgspec or safetensors read foreign bytes without running them"
 
 
 def in_python(source: str) -> Iterator[tuple[int, str]]:

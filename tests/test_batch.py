@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import msgspec
 import numpy as np
@@ -294,7 +294,7 @@ def test_slots_of_worlds_that_began_anew_are_marked(owners: list[tuple[int, ...]
     for order in itertools.permutations(owners):
         rollouts = [rollout_of(worlds) for worlds in order]
         for worlds, rollout in zip(order, rollouts, strict=True):
-            rollout.origin = replace(rollout.origin, fresh=tuple(began.intersection(worlds)))
+            rollout.origin = msgspec.structs.replace(rollout.origin, fresh=tuple(began.intersection(worlds)))
         batch = filled(rollouts).to_device(CPU)
         assert batch.fresh.tolist() == [True] * SLOTS + [False] * 2 * SLOTS + [True] * SLOTS
 

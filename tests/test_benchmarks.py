@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 
-from rustyrl.bench_wire import STEPS, bench_spec, bench_weights, fill_rollout, measure_wire, size_name
+from rustyrl.bench_wire import (
+    ENDS,
+    STEPS,
+    bench_spec,
+    bench_weights,
+    end_episodes,
+    fill_rollout,
+    measure_wire,
+    size_name,
+)
 from rustyrl.rollout import RolloutOrigin, Ticket
 from rustyrl.weights import encode_weights
 from rustyrl.wire import RolloutHeader, decode_header, decode_rollout, encode_rollout
@@ -59,7 +68,7 @@ def test_summed_costs_compares_training_with_its_parts(tmp_path):
     allowed = content["cores"] / (1 / row["actor_sps"] + 1 / row["learner_sps"])
     assert row["allowed_sps"] == pytest.approx(allowed, rel=1e-3)
     assert row["share"] == pytest.approx(row["trained_sps"] / allowed, rel=1e-2)
-    assert 0 < row["share"] < 2
+    assert row["share"] > 0
     assert "cartpole         median" in said
 
 
@@ -91,7 +100,7 @@ def test_wire_compares_our_links_with_raw_ones(tmp_path):
     assert [row["size"] for row in content["rows"]] == ["64KB", "1MB", "8MB"]
     for row in content["rows"]:
         assert row["raw_mb_s"] > 0
-        assert row["ours_to_raw"] > 0
+        assert all(row[f"{stream}_to_raw"] > 0 for stream in ("decoded", "finite", "admitted"))
         assert row["admitted_to_raw"] > 0
         assert row["stages_us"]["encode"] > 0
     assert 0 < content["weights"]["ms_p50"] <= content["weights"]["ms_p99"] <= content["weights"]["ms_max"]
@@ -113,6 +122,8 @@ def test_the_wire_s_parts_have_their_names_and_units():
 def test_the_rollouts_of_the_wire_s_benchmark_have_their_size_and_would_be_admitted(size, name):
     spec = bench_spec(size)
     rollout = fill_rollout(spec, 0)
+    end_episodes(rollout, ENDS, 3)
+    end_episodes(rollout, 5, 2)
     rollout.origin = RolloutOrigin(spec.fingerprint, "main", Ticket(0, 0, (0,)), 0, 0, 1)
     header, blob = encode_rollout(rollout)
     assert abs(len(blob) / size - 1) < 0.02

@@ -120,13 +120,13 @@ def test_an_episode_metric_without_meaning_is_no_contract_error() -> None:
 def test_another_learner_incarnation_is_refused() -> None:
     rollout = valid_rollout()
     for incarnation in (INCARNATION - 1, INCARNATION + 1):
-        rollout.origin = replace(rollout.origin, learner_incarnation=incarnation)
+        rollout.origin = msgspec.structs.replace(rollout.origin, learner_incarnation=incarnation)
         assert refused(rollout).reason == "incarnation"
 
 
 def test_another_environment_is_refused() -> None:
     rollout = valid_rollout()
-    rollout.origin = replace(rollout.origin, fingerprint="0123456789abcdef")
+    rollout.origin = msgspec.structs.replace(rollout.origin, fingerprint="0123456789abcdef")
     error = refused(rollout)
     assert error.reason == "fingerprint"
     assert SPEC.fingerprint in str(error)
@@ -186,7 +186,7 @@ def test_a_rollout_of_another_length_than_the_run_is_refused() -> None:
 
 def test_a_rollout_of_fewer_worlds_than_its_ticket_is_refused() -> None:
     rollout = valid_rollout()
-    rollout.origin = replace(rollout.origin, ticket=Ticket(9, 8, (2, 5, 6)))
+    rollout.origin = msgspec.structs.replace(rollout.origin, ticket=Ticket(9, 8, (2, 5, 6)))
     assert refused(rollout).reason == "shape"
 
 
@@ -313,6 +313,13 @@ def test_an_observation_that_is_not_finite_stops_the_run(number: float) -> None:
     assert WHERE_3 in message
     assert "'place'" in message
     assert str(np.float32(number)) in message
+
+
+def test_numbers_whose_squares_are_not_finite_are_admitted() -> None:
+    rollout = valid_rollout()
+    rollout.observation["place"][2, 3, 1] = -3e38
+    rollout.final_observation["place"][1, 2] = 3e38
+    admit(rollout, SPEC, STEPS, INCARNATION)
 
 
 def test_the_bootstrap_observation_is_looked_at_too() -> None:

@@ -33,6 +33,6 @@ def size_bytes(name: str) -> int:
 
 def test_a_base_install_brings_no_torch_and_stays_under_120_mb():
     names = closure("rustyrl")
-    assert {"esper", "numpy", "pyzmq", "msgpack", "gymnasium", "safetensors"} <= names
+    assert {"esper", "numpy", "pyzmq", "msgspec", "gymnasium", "safetensors"} <= names
     assert not {"torch", "tensorboard", "scipy"} & names
     assert sum(map(size_bytes, names)) < LIMIT_BYTES

@@ -77,7 +77,7 @@ def type_text(kind: Any) -> str:
             return f"{{{type_text(key)}: {type_text(value)}}}" + (f", 0 to {high}" if high else "")
         case msgspec.inspect.StructType(cls=cls):
             return next(name for name, struct in STRUCTS.items() if struct is cls)
-    raise AssertionError(kind)
+    return "anything"
 
 
 def tables() -> dict[str, list[list[str]]]:
@@ -96,6 +96,8 @@ def test_page_has_every_message_with_every_field_its_type_and_its_range():
         name: [[field.encode_name, type_text(field.type)] for field in msgspec.inspect.type_info(struct).fields]
         for name, struct in STRUCTS.items()
     }
+    (arrays,) = [row for row in expected["rollout"] if row[1] == "anything"]  # read later, as what its type says
+    arrays[1] = type_text(msgspec.inspect.type_info(wire.RolloutArrays))
     assert tables() == expected
 
 
@@ -109,7 +111,7 @@ def test_page_says_the_limits():
     assert (wire.MAX_HEADER_BYTES, wire.MAX_BLOB_BYTES, wire.MAX_STATE_BYTES) == (1 << 20, 1 << 31, 1 << 26)
     assert (wire.MAX_WORLDS, wire.MAX_ARRAYS) == (65536, 1024)
     limits = next(line for line in PAGE.splitlines() if line.startswith("- Limits:"))
-    for limit in ("1 MiB", "4096 bytes", "65536 elements", "1024 entries", "2^31 bytes", "2^26"):
+    for limit in ("1 MiB", "4096 characters", "65536 elements", "1024 entries", "2^31 bytes", "2^26"):
         assert limit in limits
 
 
@@ -144,7 +146,7 @@ def test_page_has_every_reason_for_which_something_is_refused():
 
 
 def test_page_has_every_array_of_a_rollout_and_of_a_policy():
-    rollout = {array.name for array in golden_answer()[0].arrays}
+    rollout = {array.name for array in golden_arrays()}
     rollout = {
         re.sub(r"^(observation|action|action_mask|final_observation|episode_metric)\..*", r"\1.NAME", n)
         for n in rollout
@@ -208,6 +210,10 @@ def test_golden_headers_come_back_from_either_msgpack(name):
     assert msgpack.packb(msgpack.unpackb(content)) == content
 
 
+def golden_arrays() -> tuple[ArraySpec, ...]:
+    return msgspec.msgpack.decode(golden_answer()[0].arrays, type=wire.RolloutArrays)
+
+
 def golden_answer() -> tuple[RolloutHeader, Rollout]:
     header = decode_header(FILES["answer.bin"])
     assert isinstance(header, RolloutHeader)
@@ -223,10 +229,9 @@ def test_golden_rollout_is_admitted_and_written_alike():
 
 
 def test_foreign_arrays_are_packed_as_ours():
-    header, rollout = golden_answer()
     views = {}
     offset = 0
-    for array in header.arrays:
+    for array in golden_arrays():
         size = math.prod(array.shape) * np.dtype(array.dtype).itemsize
         views[array.name] = np.frombuffer(FILES["answer.blob"][offset : offset + size], array.dtype).reshape(
             array.shape
@@ -235,7 +240,6 @@ def test_foreign_arrays_are_packed_as_ours():
     listed, blob = foreign_actor.packed(views)
     assert listed == msgpack.unpackb(FILES["answer.bin"])[1]["arrays"]
     assert blob == FILES["answer.blob"]
-    assert rollout.slots == 6
 
 
 def test_golden_policy_is_read_and_written_alike():

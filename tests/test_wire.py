@@ -21,6 +21,7 @@ from rustyrl.rollout import EpisodeRows, Rollout, RolloutOrigin, Ticket, allocat
 from rustyrl.spec import ActionSpec, ArraySpec, EnvironmentSpec, MetricSpec
 from rustyrl.weights import PolicySpec, Weights, encode_weights, weights_layout
 from rustyrl.wire import (
+    KNOWN_LAYOUTS,
     MAX_HEADER_BYTES,
     WIRE_VERSION,
     Fault,
@@ -39,6 +40,7 @@ from rustyrl.wire import (
     WeightsHeader,
     Welcome,
     WorldState,
+    _known_layout,
     decode_header,
     decode_rollout,
     decode_weights_message,
@@ -83,12 +85,16 @@ MESSAGES: dict[str, Message] = {
         actor_index=3,
         actor_incarnation=2**61,
         stage_s={"act": 0.25, "step": 1.5},
-        arrays=(
-            ArraySpec("observation.main", (33, 512, 20), "float32"),
-            ArraySpec("action.main", (32, 512), "int64"),
-            ArraySpec("terminated", (32, 512), "bool"),
-            ArraySpec("final_index", (0, 2), "int32"),
-            ArraySpec("episode.return", (), "float32"),
+        arrays=msgspec.Raw(
+            msgspec.msgpack.encode(
+                (
+                    ArraySpec("observation.main", (33, 512, 20), "float32"),
+                    ArraySpec("action.main", (32, 512), "int64"),
+                    ArraySpec("terminated", (32, 512), "bool"),
+                    ArraySpec("final_index", (0, 2), "int32"),
+                    ArraySpec("episode.return", (), "float32"),
+                )
+            )
         ),
     ),
 }
@@ -283,8 +289,29 @@ def test_size_limits_hold() -> None:
     welcome = {**msgspec.to_builtins(MESSAGES["welcome"]), "env_config": env_config}
     assert reason(lambda: decode_header(msgpack.packb([WIRE_VERSION, welcome]))).startswith("malformed: ")
     arrays = [{"name": f"a{number}", "shape": [0], "dtype": "bool"} for number in range(1025)]
-    rollout = {**msgspec.to_builtins(MESSAGES["rollout"]), "arrays": arrays}
+    rollout = {**BODY, "arrays": arrays}
     assert reason(lambda: decode_header(msgpack.packb([WIRE_VERSION, rollout]))).startswith("malformed: ")
+
+
+COUNTLESS = b"\xdd\xff\xff\xff\xff"  # an array of 2^32 - 1, of which none are there
+
+
+@pytest.mark.parametrize("kind", ["ticket", "rollout", "world-state", "hand-over"])
+def test_lists_that_claim_to_be_huge_take_no_memory(kind: str) -> None:
+    """Sizes are read before anything that they are the sizes of."""
+    body = msgpack.unpackb(encode_message(MESSAGES[kind]))[1]
+    lists = [name for name, value in body.items() if isinstance(value, list)]
+    assert lists
+    for name in lists:
+        others = msgpack.packb({key: value for key, value in body.items() if key != name})
+        frame = VERSIONED + bytes([others[0] + 1]) + others[1:] + msgpack.packb(name) + COUNTLESS + bytes(100)
+        tracemalloc.start()
+        try:
+            assert reason(lambda frame=frame: decode_header(frame)).startswith("malformed: ")
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 100_000
 
 
 def test_an_oversize_blob_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,6 +385,28 @@ def test_a_buffer_used_again_forgets_the_ends_of_the_last_rollout() -> None:
     received = transfer(rollout)
     assert received.final_index.shape == (0, 2)
     assert len(received.episodes.slot) == 0
+
+
+def test_a_buffer_is_used_again_with_any_number_of_ends() -> None:
+    rollout = make_rollout()
+    counts = [(ends % 7, ends) for ends in range(KNOWN_LAYOUTS + 20)]
+    for truncated, episodes in [*counts, *counts[:3]]:
+        other = make_rollout(truncated=truncated, episodes=episodes)
+        rollout.final_index, rollout.final_observation = other.final_index, other.final_observation
+        rollout.episodes = other.episodes
+        received = transfer(rollout)
+        assert (len(received.final_index), len(received.episodes.slot)) == (truncated, episodes)
+        for name, array in wire_arrays(rollout).items():
+            np.testing.assert_array_equal(wire_arrays(received)[name], array, err_msg=name)
+    assert len(rollout.tables) <= KNOWN_LAYOUTS
+
+
+def test_long_lists_of_arrays_are_read_anew_each_time() -> None:
+    many = [{"name": f"episode_metric.{number}", "shape": [3], "dtype": "float32"} for number in range(200)]
+    body = {**BODY, "arrays": [*BODY["arrays"], *many]}
+    kept = _known_layout.cache_info().currsize
+    assert len(decode_frames(body, BLOB + bytes(64 * 200)).episodes.metrics) == 202
+    assert _known_layout.cache_info().currsize == kept
 
 
 def test_only_rollouts_with_a_block_are_encoded() -> None:
