@@ -205,7 +205,7 @@ class RolloutSender(Sockets):
         super().__init__()
         self._address, self._key = address, key
         self._identity = os.urandom(IDENTITY_BYTES - 1) + b"a"
-        self._was_in = self._was_cut = False
+        self._was_in = self._is_in = self._was_cut = False
         self._refused_at: float | None = None  # since when we are refused, if we are
         self._held: deque[Received] = deque()  # came while a send waited
         try:
@@ -217,6 +217,7 @@ class RolloutSender(Sockets):
     def _open(self) -> None:
         """Connect; raises `zmq.ZMQError`."""
         self._dealer = self._socket(zmq.DEALER)
+        self._is_in = False
         if self._key is not None:
             self._dealer.setsockopt(zmq.CURVE_SERVERKEY, self._key.learner.encode())
             self._dealer.setsockopt(zmq.CURVE_PUBLICKEY, self._key.public.encode())
@@ -260,11 +261,10 @@ class RolloutSender(Sockets):
         while not self._begin(header):
             if self._dealer in dict(self._writable.poll(WRITE_POLL_MS)):
                 continue
-            while (received := self._receive_now()) is not None:
-                if isinstance(received.message, Goodbye):
-                    raise ConnectionAbortedError("the learner said goodbye")
-                self._held.append(received)
+            self._hold_what_came()
             self._mind_events()
+            if any(isinstance(received.message, Goodbye) for received in self._held):
+                raise ConnectionAbortedError("the learner said goodbye")
             if time.monotonic() > deadline:
                 other = ", or the key is another run's" if self._key is not None else ""
                 raise TimeoutError(f"no learner took a message within {timeout_s:.0f} s: none is there{other}")
@@ -274,6 +274,11 @@ class RolloutSender(Sockets):
         tracker = self._dealer.send(blob, copy=False, track=True)
         assert tracker is not None  # noqa: S101 - track=True
         return Sent(tracker)
+
+    def _hold_what_came(self) -> None:
+        """Keep what has arrived until `receive` is called."""
+        while (received := self._receive_now()) is not None:
+            self._held.append(received)
 
     def _begin(self, header: bytes) -> bool:
         """Send the first of two frames, if the link takes a message now; it takes the other one with it."""
@@ -312,19 +317,26 @@ class RolloutSender(Sockets):
             if self._dealer in dict(self._poller.poll(int(left_s * 1000))):
                 return self._receive_now()
             if self._mind_events() or time.monotonic() >= deadline:
-                return None
+                return self._held.popleft() if self._held else None
 
     def _mind_events(self) -> bool:
-        """Note what became of the connection, and return whether it broke; raise if this actor is refused for good."""
+        """Note what became of the connection, and return whether it broke; raise if this actor is refused for good.
+
+        ZeroMQ tells of a break before it stops taking messages for who is gone, so the next ones go over a new socket.
+        """
         broke = False
         while self._events.poll(0):
             event = parse_monitor_message(self._events.recv_multipart())["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._was_in = True
+                self._was_in = self._is_in = True
                 self._refused_at = None
             elif event == zmq.EVENT_DISCONNECTED:
                 broke = True
+                if self._is_in:
+                    self._hold_what_came()
+                    self._open_anew()
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self._may_try_again():
+                time.sleep(AGAIN_S)  # ZeroMQ itself never knocks again after it was refused
                 self._open_anew()
             else:
                 self._refuse(event)
@@ -339,8 +351,7 @@ class RolloutSender(Sockets):
         return self._was_in and now - self._refused_at < REFUSED_S
 
     def _open_anew(self) -> None:
-        """Knock again, after a while: ZeroMQ itself never does after it was refused."""
-        time.sleep(AGAIN_S)
+        """Connect with another socket; what the one before has not sent or received is gone."""
         self._dealer.disable_monitor()
         self._events.close()
         self._dealer.close(linger=0)

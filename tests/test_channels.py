@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import socket
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zmq
 from clusters import poll
 
 from rustyrl.channels import COPIED_BYTES, RolloutReceiver, RolloutSender
@@ -150,3 +152,44 @@ def test_a_flood_on_the_control_socket_is_taken_in_by_parts(tmp_path):
                     left -= 1
                 counts.append(sum(1 for _ in server.receive(0.1, [])))
             assert max(counts) == MAX_CONTROL_TURN
+
+
+class ToldTooSoon:
+    """Events of a connection: that it broke, although it has not yet."""
+
+    def __init__(self) -> None:
+        self._left = 1
+
+    def poll(self, _timeout_ms: int) -> int:
+        return self._left
+
+    def recv_multipart(self) -> list[bytes]:
+        self._left -= 1
+        return [struct.pack("=hi", zmq.EVENT_DISCONNECTED, 0), b"the address"]
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("listen", [None, "tcp://127.0.0.1:*"])
+def test_who_is_told_that_the_connection_broke_sends_nothing_more_over_it(tmp_path, listen):
+    """ZeroMQ tells of a break a moment before it takes no more messages for who is gone."""
+    receiver, sender, peer = connected(tmp_path, listen)
+    with receiver, sender:
+        assert sender.receive(0.01) is None
+        assert receiver.send(peer, TicketMessage(0, 1, 0, (2,)))
+        assert sender._dealer.poll(5000)
+        sender._events.close()
+        broken, sender._events = sender._dealer, ToldTooSoon()
+        assert sender._mind_events()
+        assert broken.closed
+        received = sender.receive(5.0)
+        assert received is not None
+        assert received.message == TicketMessage(0, 1, 0, (2,))  # what came before is not lost
+        assert sender.was_cut
+        sender.send(Lease(3))
+        assert poll(lambda: list(receiver.receive(0.05)), "the next message")[0].message == Lease(3)
+        assert receiver.send(peer, Goodbye())  # to who is the same for the learner
+        received = sender.receive(5.0)
+        assert received is not None
+        assert received.message == Goodbye()

@@ -118,7 +118,7 @@ def _answer_tickets(link: RolloutSender, fleet: Fleet, hello: Hello) -> None:
                 _rejoin(link, fleet, hello)
             case Goodbye():
                 log.info("the run is over")
-                link.send(Goodbye(), timeout_s=1.0)
+                link.offer(Goodbye())
                 return
             case Refusal(reason):
                 beside = f"; this actor has {fleet.spaces}" if fleet.fingerprint in reason else ""
