@@ -2,9 +2,13 @@
 
     python benchmarks/summed_costs.py --json benchmarks/results/summed_costs_2_cores.json
 
-The parts are measured alone, each on one core: an actor with its world, policy and recording, and a learner of one
-thread with advantages and update. Their seconds per env step, added up and shared out over all cores, are what a run
-takes at the least that neither waits nor pays for its processes' speaking to each other.
+The parts are an actor with its world, policy and recording, and a learner of one thread with advantages and update,
+each as a process on one core. Their seconds per env step, added up and shared out over all cores, are what a run takes
+at the least that neither waits nor pays for its processes' speaking to each other.
+
+Each is measured twice: with a copy of it on every core at the same time, since that is how cores are when a run uses
+all of them (they share caches, memory, and often what they compute with), and alone. ``share`` is by the former, which
+is what these cores allow; ``share_alone`` by the latter, which they only give one at a time.
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +38,14 @@ def main() -> None:
     for round_number in range(arguments.rounds):
         for env in arguments.env:
             rows.append({"env": env, "round": round_number, **measure(env, arguments.seconds)})
-            print("{env:16} {trained_sps:9,.0f} of {allowed_sps:9,.0f} env steps/s: {share:.0%}".format(**rows[-1]))
+            counts = "{env:16} {trained_sps:9,.0f} of {allowed_sps:9,.0f} env steps/s: "
+            said = counts + "{share:.0%}, of parts alone {share_alone:.0%}"
+            print(said.format(**rows[-1]))
     for env in arguments.env:
-        print(f"{env:16} median {statistics.median(row['share'] for row in rows if row['env'] == env):.0%}")
+        share, alone = (
+            statistics.median(row[n] for row in rows if row["env"] == env) for n in ("share", "share_alone")
+        )
+        print(f"{env:16} median {share:.0%}, of parts alone {alone:.0%}")
     if arguments.json:
         command = f"python benchmarks/summed_costs.py --rounds {arguments.rounds} --seconds {arguments.seconds}"
         found = {"command": command, "cores": available_cores(), "rows": rows}
@@ -42,15 +53,26 @@ def main() -> None:
 
 
 def measure(env: str, seconds: float) -> dict[str, float]:
-    """``actor_sps`` and ``learner_sps`` of one core each, ``allowed_sps`` of all, ``trained_sps`` and its ``share``."""
+    """``trained_sps``, and what the parts allow, measured on all cores at once and alone, in env steps a second."""
     config, spec = configure(BENCH_CARTPOLE, {"run": {"env": env}})
-    alone, _ = configure(BENCH_CARTPOLE, {"run": {"env": env, "threads": 1}})
-    actor = value_of("actor_sps", bench_actor(config, spec, seconds / 3, 3))
-    learner = value_of("learner_sps", bench_learner(alone, spec, seconds / 3, 3))
-    trained = value_of("trained_sps", bench_cluster(config, seconds / 3, 3)[0])
-    allowed = available_cores() / (1 / actor + 1 / learner)
-    found = {"actor_sps": actor, "learner_sps": learner, "allowed_sps": round(allowed), "trained_sps": trained}
-    return {**found, "share": round(trained / allowed, 3)}
+    single, _ = configure(BENCH_CARTPOLE, {"run": {"env": env, "threads": 1}})
+    cores = available_cores()
+    found: dict[str, float] = {}
+    for suffix, copies in (("", cores), ("_alone", 1)):
+        actor = rate("actor_sps", copies, lambda: bench_actor(config, spec, seconds / 3, 3))
+        learner = rate("learner_sps", copies, lambda: bench_learner(single, spec, seconds / 3, 3))
+        allowed = round(cores / (1 / actor + 1 / learner))
+        found |= {f"actor_sps{suffix}": actor, f"learner_sps{suffix}": learner, f"allowed_sps{suffix}": allowed}
+    found["trained_sps"] = value_of("trained_sps", bench_cluster(config, seconds / 3, 3)[0])
+    for suffix in ("", "_alone"):
+        found[f"share{suffix}"] = round(found["trained_sps"] / found[f"allowed_sps{suffix}"], 3)
+    return found
+
+
+def rate(name: str, copies: int, bench: Callable[[], list[dict[str, Any]]]) -> float:
+    """The mean over so many at the same time."""
+    with ThreadPoolExecutor(copies) as pool:
+        return statistics.fmean(pool.map(lambda _: value_of(name, bench()), range(copies)))
 
 
 def value_of(name: str, parts: list[dict[str, Any]]) -> float:

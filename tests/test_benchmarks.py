@@ -65,10 +65,11 @@ def test_world_overhead_accounts_for_the_whole_step(tmp_path):
 def test_summed_costs_compares_training_with_its_parts(tmp_path):
     content, said = run(tmp_path, "summed_costs.py", "--rounds", "1", "--seconds", "0.3", "--env", "cartpole")
     (row,) = content["rows"]
-    allowed = content["cores"] / (1 / row["actor_sps"] + 1 / row["learner_sps"])
-    assert row["allowed_sps"] == pytest.approx(allowed, rel=1e-3)
-    assert row["share"] == pytest.approx(row["trained_sps"] / allowed, rel=1e-2)
-    assert row["share"] > 0
+    for suffix in ("", "_alone"):
+        allowed = content["cores"] / (1 / row[f"actor_sps{suffix}"] + 1 / row[f"learner_sps{suffix}"])
+        assert row[f"allowed_sps{suffix}"] == pytest.approx(allowed, rel=1e-3)
+        assert row[f"share{suffix}"] == pytest.approx(row["trained_sps"] / allowed, rel=1e-2)
+        assert row[f"share{suffix}"] > 0
     assert "cartpole         median" in said
 
 

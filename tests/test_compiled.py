@@ -563,12 +563,21 @@ def test_minibatches_may_be_of_any_sizes() -> None:
         assert torch.equal(side.parameters, twin.parameters)
 
 
-def test_steps_are_the_same_bits_with_any_number_of_threads() -> None:
-    sides = [Trained(KINDS["squashed-dict"], threads, hidden=(64, 64)) for threads in (1, 2, 3)]
-    config = msgspec.structs.replace(STEPPING, minibatch_size=1024)
+@pytest.mark.parametrize(("hidden", "minibatch_size"), [((64, 64), 1024), ((64, 64), 250), ((256, 256), 1024)])
+def test_steps_are_the_same_bits_with_any_number_of_threads(hidden: tuple[int, ...], minibatch_size: int) -> None:
+    """Of wide networks, the sums of gradients and the steps along them are shared out, too."""
+    sides = [Trained(KINDS["squashed-dict"], threads, hidden=hidden) for threads in (1, 2, 3)]
+    config = msgspec.structs.replace(STEPPING, minibatch_size=minibatch_size)
     figures = [side.epoch(batch_of(side.network, 3000), config, 0) for side in sides]
     assert figures[0] == figures[1] == figures[2]
     assert all(torch.equal(sides[0].parameters, side.parameters) for side in sides[1:])
+
+
+def test_steps_of_wide_networks_are_those_of_torch() -> None:
+    ours, theirs = (Trained(KINDS["dict"], compiled, hidden=(256, 200)) for compiled in (2, 0))
+    rows, config = batch_of(ours.network, 600), msgspec.structs.replace(STEPPING, minibatch_size=200)
+    assert ours.epoch(rows, config, 0) == pytest.approx(theirs.epoch(rows, config, 0), rel=2e-3, abs=1e-5)
+    torch.testing.assert_close(ours.parameters, theirs.parameters, rtol=1e-3, atol=1e-4)
 
 
 def test_an_old_value_that_is_no_number_is_not_lost() -> None:

@@ -245,7 +245,7 @@ def _compiled_epoch(
         if taken < len(some) - 1:
             _refuse(network, of_each[taken].tolist())
         if not first:
-            error = _ratio_error(log_prob, batch.behavior_log_prob[order[: edges[1]]])
+            error = _ratio_error(log_prob, batch.behavior_log_prob.index_select(0, order[: edges[1]]))
         figures.append(of_each)
         on_minibatch()
     found = torch.cat(figures)

@@ -11,8 +11,8 @@ typedef struct {
     size kept, steps;
 } Adam;
 
-/* The step number `number` of these, counted from 1, along a gradient of this norm. */
-FAST static void step(const Adam *adam, size number, float norm, const float *restrict gradient, size count,
+/* The step number `number` of these, counted from 1, along a gradient of this norm, of parameters from begin to end. */
+FAST static void step(const Adam *adam, size number, float norm, const float *restrict gradient, size begin, size end,
                       float *restrict parameters)
 {
     double steps = (double)(adam->steps + number), scale = adam->largest_norm / (norm + 1e-6);
@@ -21,9 +21,9 @@ FAST static void step(const Adam *adam, size number, float norm, const float *re
     const float rate = (float)(adam->rate / (1 - pow(adam->beta1, steps)));
     const float root = (float)(1 / sqrt(1 - pow(adam->beta2, steps))), decay = (float)(adam->rate * adam->decay);
     float *restrict first = adam->first, *restrict second = adam->second;
-    for (size i = adam->kept; decay != 0 && i < count; i++)
+    for (size i = adam->kept > begin ? adam->kept : begin; decay != 0 && i < end; i++)
         parameters[i] -= parameters[i] * decay;
-    for (size i = 0; i < count; i++) {
+    for (size i = begin; i < end; i++) {
         float g = gradient[i] * by;
         first[i] += (g - first[i]) * new_first;
         second[i] += (g * g - second[i]) * new_second;

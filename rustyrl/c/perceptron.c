@@ -21,6 +21,7 @@
 #include "adam.h"
 
 enum { MAX_LAYERS = 64, MAX_PARTIAL = 1 << 23 }; /* numbers in gradients of pieces */
+enum { MIN_SLICE = 1024, SUM_COST = 8, STEP_COST = 128 }; /* parameters; what a sum, and a step, takes, in products */
 
 /* --- what is asked for --- */
 
@@ -123,25 +124,69 @@ FAST static void go_gradient(const Work *work, size piece, size begin, size end,
     }
 }
 
-/* The gradients of all pieces together, in their order, into `gradient`, and [FIGURES] of them. */
-FAST static void gather(const Gradient *this, float *gradient, float *figures)
+/* Parameters by the slice, which threads take as they do rows.
+ *
+ * pieces, stride: of `partial`, whose numbers are added up into the first piece's
+ * gradient: [parameters], a copy of it
+ * squares: of the gradient, of each slice
+ * adam, number, norm: the step along it
+ */
+typedef struct {
+    Work work;
+    float *partial, *gradient, *values, squares[PIECES];
+    size pieces, stride, number;
+    const Adam *adam;
+    float norm;
+} Slices;
+
+static void cut_slices(Slices *slices, size parameters, size cost, void (*go)(const Work *, size, size, size, float *))
 {
-    size stride = this->parameters + SUMS;
-    for (size piece = 1; piece < this->work.pieces; piece++) {
-        float *sum = this->partial, *from = this->partial + piece * stride;
-        for (size i = 0; i < stride; i++)
+    slices->work = (Work){.go = go, .cost = parameters * cost, .soon = 1};
+    cut(&slices->work, parameters, LANE, MIN_SLICE, PIECES);
+}
+
+/* The gradients of all pieces together, in their order. */
+FAST static void go_gather(const Work *work, size slice, size begin, size end, float *Py_UNUSED(room))
+{
+    Slices *this = (Slices *)work;
+    float *sum = this->partial;
+    for (size piece = 1; piece < this->pieces; piece++) {
+        const float *from = sum + piece * this->stride;
+        for (size i = begin; i < end; i++)
             sum[i] += from[i];
     }
-    memcpy(gradient, this->partial, sizeof(float) * this->parameters);
+    memcpy(this->gradient + begin, sum + begin, sizeof(float) * (size_t)(end - begin));
     vec squares = spread(0);
-    size i = 0;
-    for (; i + LANE <= this->parameters; i += LANE)
-        squares += load(gradient + i) * load(gradient + i);
+    size i = begin;
+    for (; i + LANE <= end; i += LANE)
+        squares += load(sum + i) * load(sum + i);
     float square = total(squares);
-    for (; i < this->parameters; i++)
-        square += gradient[i] * gradient[i];
-    for (int sum = 0; sum < SUMS; sum++)
-        figures[sum] = this->partial[this->parameters + sum] * this->loss.each;
+    for (; i < end; i++)
+        square += sum[i] * sum[i];
+    this->squares[slice] = square;
+}
+
+static void go_step(const Work *work, size Py_UNUSED(slice), size begin, size end, float *Py_UNUSED(room))
+{
+    const Slices *this = (const Slices *)work;
+    step(this->adam, this->number, this->norm, this->gradient, begin, end, this->values);
+}
+
+/* The sum of all pieces' gradients, into `gradient`, and [FIGURES] of them. */
+static void gather(const Gradient *this, float *gradient, float *figures, size threads)
+{
+    Slices slices = {.partial = this->partial, .gradient = gradient, .pieces = this->work.pieces};
+    slices.stride = this->parameters + SUMS;
+    cut_slices(&slices, this->parameters, slices.pieces * SUM_COST, go_gather);
+    do_work(&slices.work, threads);
+    float square = 0;
+    for (size slice = 0; slice < slices.work.pieces; slice++)
+        square += slices.squares[slice];
+    for (size sum = this->parameters; sum < slices.stride; sum++) {
+        for (size piece = 1; piece < slices.pieces; piece++)
+            this->partial[sum] += this->partial[sum + piece * slices.stride];
+        figures[sum - this->parameters] = this->partial[sum] * this->loss.each;
+    }
     figures[NORM] = sqrtf(square);
 }
 
@@ -195,10 +240,11 @@ static void take_gradient(const Gradient *of_all, const Epoch *epoch, size start
         if (l && (l != this.parts[CRITIC] || this.parts[POLICY]))
             to = pack_back(&this.layers[l], to);
     }
-    cut(&this.work, rows, ROWS, this.most);
+    cut(&this.work, rows, ROWS, TILE, this.most);
     this.work.cost = 3 * rows * this.parameters;
+    this.work.soon = 1;
     do_work(&this.work, threads);
-    gather(&this, epoch->gradient, figures);
+    gather(&this, epoch->gradient, figures, threads);
 }
 
 /* --- the way from and to Python --- */
@@ -377,7 +423,7 @@ static PyObject *forward(PyObject *Py_UNUSED(module), PyObject *args)
         panels += forth_numbers(layer);
         parameters += (layer->in + 1) * layer->out;
     }
-    cut(work, this.x.rows, ROWS, PIECES);
+    cut(work, this.x.rows, ROWS, 2 * TILE, PIECES);
     work->cost = this.x.rows * parameters;
     work->room_each = 2 * TILE * this.widest;
     float *to = make_room(work, threads, panels);
@@ -481,7 +527,7 @@ static size lay_out(Gradient *this, const int32_t *edges, size minibatches)
     for (this->most = PIECES; this->most > 1 && this->most * this->parameters > MAX_PARTIAL;)
         this->most /= 2;
     for (size i = 0; i < minibatches; i++) {
-        cut(&this->work, edges[i + 1] - edges[i], ROWS, this->most);
+        cut(&this->work, edges[i + 1] - edges[i], ROWS, TILE, this->most);
         pieces = this->work.pieces > pieces ? this->work.pieces : pieces;
     }
     this->work.pieces = pieces;
@@ -559,15 +605,23 @@ static PyObject *ppo_epoch(PyObject *Py_UNUSED(module), PyObject *args)
     if (!this.panels || read_blocks(&this, &of_blocks, this.panels + shared) < 0)
         return finish(work, &borrowed);
     this.partial = this.panels + panels;
+    Slices slices = {.gradient = epoch.gradient, .values = at.at, .adam = &adam};
+    cut_slices(&slices, this.parameters, STEP_COST, go_step);
     Py_BEGIN_ALLOW_THREADS;
+    begin_works();
     for (; taken < minibatches; taken++) {
         float *found = of_figures.at + FIGURES * taken;
         take_gradient(&this, &epoch, edge[taken], edge[taken + 1], found, threads);
         if (!isfinite(found[NORM]))
             break;
-        if (adam.first)
-            step(&adam, taken + 1, found[NORM], epoch.gradient, this.parameters, at.at);
+        if (adam.first) {
+            slices.number = taken + 1;
+            slices.norm = found[NORM];
+            slices.work.next = slices.work.threads = 0;
+            do_work(&slices.work, threads);
+        }
     }
+    end_works();
     Py_END_ALLOW_THREADS;
     PyObject *none = finish(work, &borrowed);
     Py_XDECREF(none);
