@@ -108,8 +108,9 @@ def start_child(
     traced: bool = False,
     spare: Spare | None = None,
 ) -> Child:
-    """Start ``python -m`` with these arguments in a session of its own, so that Ctrl-C reaches the launcher alone.
+    """Start ``python -m`` with these arguments in a process group of its own: Ctrl-C reaches the launcher alone.
 
+    Not in a session of its own: Linux may share cores out by session before it looks at niceness (sched(7), autogroup).
     It learns our process id and dies with us. Its standard error, and its standard output unless it is to be
     captured, go to the log.
 
@@ -142,7 +143,7 @@ def start_child(
             stdout=subprocess.PIPE if capture else output,
             stderr=output,
             env={**environment, "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
+            process_group=0,
             pass_fds=() if black_box is None else (black_box.descriptor,),
         )
     if niceness:
@@ -155,19 +156,10 @@ def start_child(
 
 
 def _step_back(process: int, niceness: int) -> None:
-    """Let us go before a process, in a session of its own, where there are too few cores."""
-    if not hasattr(os, "setpriority"):
-        return
-    group, level = Path(f"/proc/{process}/autogroup"), min(19, os.getpriority(os.PRIO_PROCESS, 0) + niceness)
-    with contextlib.suppress(ProcessLookupError):  # it has ended already
-        os.setpriority(os.PRIO_PROCESS, process, level)
-    with contextlib.suppress(OSError):
-        for _ in range(10 if group.exists() else 0):
-            try:  # Linux may share out cores by session first, where what counts is the niceness of that
-                group.write_text(str(level))
-                break
-            except BlockingIOError:  # the kernel takes ten of these a second from all who may not do everything
-                time.sleep(0.02)
+    """Let us go before a process where there are too few cores."""
+    if hasattr(os, "setpriority"):
+        with contextlib.suppress(ProcessLookupError):  # it has ended already
+            os.setpriority(os.PRIO_PROCESS, process, min(19, os.getpriority(os.PRIO_PROCESS, 0) + niceness))
 
 
 def ask_child(

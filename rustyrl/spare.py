@@ -32,7 +32,7 @@ class Spare:
     """One of them, which is to become what is started next. Importing torch takes longer than describing a world."""
 
     def __init__(self, module: str, environment: dict[str, str], *, capture: bool = False) -> None:
-        """Start ``python -m module await`` in a session of its own; it dies with us.
+        """Start ``python -m module await`` in a process group of its own; it dies with us.
 
         Args:
             module: whose main function calls `await_orders` for that verb.
@@ -49,7 +49,7 @@ class Spare:
             stdout=subprocess.PIPE if capture else subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={**environment, "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
+            process_group=0,
         )
 
     def adopt(self, arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes] | None:
