@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -71,6 +72,18 @@ def test_summed_costs_compares_training_with_its_parts(tmp_path):
         assert row[f"share{suffix}"] == pytest.approx(row["trained_sps"] / allowed, rel=1e-2)
         assert row[f"share{suffix}"] > 0
     assert "cartpole         median" in said
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs Unix")
+def test_in_turn_compares_clusters_of_which_one_goes_on_at_a_time(tmp_path):
+    tiny = "batch.worlds=2 env.slots=8 ppo.minibatch_size=128 cluster.actors=1"
+    variants = [f"--variant={tiny}", f"--variant={tiny} cluster.actor_niceness=0 RUSTYRL_COMPILED=0"]
+    content, said = run(tmp_path, "in_turn.py", "--rounds", "2", "--seconds", "0.4", *variants)
+    first, second = content["rows"]
+    assert first["ratio"] == 1
+    assert all(row["sps"] > 0 and row["busy_cores"] > 0 and row["ratio"] > 0 for row in content["rows"])
+    assert second["variant"].endswith("RUSTYRL_COMPILED=0")
+    assert f"times: {tiny}" in said
 
 
 @pytest.mark.slow
