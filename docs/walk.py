@@ -6,6 +6,7 @@ process and without sockets.
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import torch
 
@@ -67,7 +68,8 @@ def main() -> None:
     assert isinstance(message, RolloutHeader)  # noqa: S101
     received = decode_rollout(message, blob)
     admit(received, spec, LENGTH, learner_incarnation=0)
-    print(f"5 admit     {len(message.arrays)} arrays checked, ticket {received.origin.ticket.batch} answered")
+    listed = msgspec.msgpack.decode(message.arrays)
+    print(f"5 admit     {len(listed)} arrays checked, ticket {received.origin.ticket.batch} answered")
 
     buffer = BatchBuffer(0, spec, LENGTH, len(WORLDS), pin=False)
     buffer.place(received)

@@ -322,25 +322,26 @@ class RolloutSender(Sockets):
     def _mind_events(self) -> bool:
         """Note what became of the connection, and return whether it broke; raise if this actor is refused for good.
 
-        ZeroMQ tells of a break before it stops taking messages for who is gone, so the next ones go over a new socket.
+        ZeroMQ tells of a break before it stops taking messages for who is gone, so the next ones go over a new socket,
+        unless it is already known to be connected again.
         """
-        broke = False
+        broke = down = False
         while self._events.poll(0):
             event = parse_monitor_message(self._events.recv_multipart())["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._was_in = self._is_in = True
-                self._refused_at = None
+                self._refused_at, down = None, False
             elif event == zmq.EVENT_DISCONNECTED:
-                broke = True
-                if self._is_in:
-                    self._hold_what_came()
-                    self._open_anew()
+                broke = down = True
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self._may_try_again():
                 time.sleep(AGAIN_S)  # ZeroMQ itself never knocks again after it was refused
                 self._open_anew()
             else:
                 self._refuse(event)
         self._was_cut |= broke
+        if down and self._is_in:
+            self._hold_what_came()
+            self._open_anew()
         return broke
 
     def _may_try_again(self) -> bool:

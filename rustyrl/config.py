@@ -144,7 +144,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     actors: Annotated[int, _help("actor processes to start; -1 chooses by the cores", ge=-1, le=1000)] = -1
     actor_niceness: Annotated[
         int, _help("how far actors step back behind the learner where cores are few (Unix)", ge=0, le=19)
-    ] = 19
+    ] = 0
     auto: Annotated[str, _help("'MIN:MAX' lets the number of actors follow the learner's wait; '' does not")] = ""
     listen: Annotated[
         str, _help("'ipc' or tcp://HOST:PORT (port 0 or *: any free one); beyond loopback, actors join with keys")

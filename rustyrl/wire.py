@@ -9,6 +9,7 @@ it is counted. docs/protocol.md says all of it to those who write an actor in an
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from functools import lru_cache
@@ -19,7 +20,7 @@ import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
 
-from rustyrl.errors import WireError
+from rustyrl.errors import WireError, printable
 from rustyrl.installed import installed_version
 from rustyrl.rollout import (
     EpisodeRows,
@@ -64,6 +65,7 @@ MAX_BLOB_BYTES = 1 << 31
 MAX_STATE_BYTES = 1 << 26  # of one world: every actor may send one, so this bounds what a learner has to take in
 MAX_ARRAYS = 1024
 MAX_WORLDS = 65536
+MAX_REASON = 300  # letters of what is wrong with a header, which may quote it
 KNOWN_LAYOUTS = 256  # of rollouts that are kept, ...
 KNOWN_LAYOUT_BYTES = 4096  # ... of headers in which they take not more
 _DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in get_args(DTypeName)}
@@ -271,19 +273,14 @@ def decode_header(frame: bytes | memoryview) -> Message:
         if isinstance(message, RolloutHeader):
             _layout(message.arrays)
     except _UNREADABLE as error:
-        _check_version(frame)
-        raise WireError("malformed", str(error)) from None
-    if version != WIRE_VERSION:
-        _check_version(frame)
+        with contextlib.suppress(*_UNREADABLE):
+            _check_version(_ANY_VERSION.decode(frame)[0])  # whatever stands in its body
+        raise WireError("malformed", printable(str(error))[:MAX_REASON]) from None
+    _check_version(version)
     return message
 
 
-def _check_version(frame: bytes | memoryview) -> None:
-    """Refuse a header of another version, whatever stands in its body."""
-    try:
-        version, _ = _ANY_VERSION.decode(frame)
-    except _UNREADABLE:
-        return
+def _check_version(version: int) -> None:
     if version != WIRE_VERSION:
         release = installed_version("rustyrl") or "of this folder"
         ours = f"this side {WIRE_VERSION} (rustyrl {release})"

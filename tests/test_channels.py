@@ -154,18 +154,17 @@ def test_a_flood_on_the_control_socket_is_taken_in_by_parts(tmp_path):
             assert max(counts) == MAX_CONTROL_TURN
 
 
-class ToldTooSoon:
-    """Events of a connection: that it broke, although it has not yet."""
+class Told:
+    """Events of a connection that are told too soon, or too late."""
 
-    def __init__(self) -> None:
-        self._left = 1
+    def __init__(self, *events: int) -> None:
+        self._events = [*events]
 
     def poll(self, _timeout_ms: int) -> int:
-        return self._left
+        return len(self._events)
 
     def recv_multipart(self) -> list[bytes]:
-        self._left -= 1
-        return [struct.pack("=hi", zmq.EVENT_DISCONNECTED, 0), b"the address"]
+        return [struct.pack("=hi", self._events.pop(0), 0), b"the address"]
 
     def close(self) -> None:
         pass
@@ -180,7 +179,7 @@ def test_who_is_told_that_the_connection_broke_sends_nothing_more_over_it(tmp_pa
         assert receiver.send(peer, TicketMessage(0, 1, 0, (2,)))
         assert sender._dealer.poll(5000)
         sender._events.close()
-        broken, sender._events = sender._dealer, ToldTooSoon()
+        broken, sender._events = sender._dealer, Told(zmq.EVENT_DISCONNECTED)
         assert sender._mind_events()
         assert broken.closed
         received = sender.receive(5.0)
@@ -193,3 +192,17 @@ def test_who_is_told_that_the_connection_broke_sends_nothing_more_over_it(tmp_pa
         received = sender.receive(5.0)
         assert received is not None
         assert received.message == Goodbye()
+
+
+def test_a_connection_that_came_back_before_its_break_was_noticed_is_kept(tmp_path):
+    receiver, sender, _ = connected(tmp_path)
+    with receiver, sender:
+        assert sender.receive(0.01) is None
+        sender._events.close()
+        sender._events = Told(zmq.EVENT_DISCONNECTED, zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        kept = sender._dealer
+        sender.send(Lease(4))
+        assert sender._mind_events()
+        assert sender._dealer is kept  # and with it what was sent over it since
+        assert sender.was_cut
+        assert poll(lambda: list(receiver.receive(0.05)), "the message")[0].message == Lease(4)

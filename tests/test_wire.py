@@ -314,6 +314,23 @@ def test_lists_that_claim_to_be_huge_take_no_memory(kind: str) -> None:
         assert peak < 100_000
 
 
+def test_what_is_wrong_with_a_header_is_said_shortly_and_steers_no_terminal() -> None:
+    for body in ({"type": "lease", "\x1b[31m" + "x" * 900_000: 1}, {"type": "\x1b" * 900_000}):
+        said = reason(lambda body=body: decode_header(msgpack.packb([WIRE_VERSION, body])))
+        assert said.startswith("malformed: ")
+        assert len(said) < 400
+        assert "\x1b" not in said
+
+
+def test_a_header_of_another_version_is_refused_however_well_it_would_do() -> None:
+    body = msgpack.packb({name: value for name, value in BODY.items() if name != "arrays"})
+    nested, arrays = b"\x91" * 996 + b"\x90", msgpack.packb(BODY["arrays"])
+    twice = bytes([body[0] + 2]) + body[1:] + b"".join(msgpack.packb("arrays") + a for a in (nested, arrays))
+    older = bytes([0x92, WIRE_VERSION - 1])
+    assert reason(lambda: decode_header(older + msgpack.packb(BODY))).startswith("wire-version: ")
+    assert reason(lambda: decode_header(older + twice)).partition(":")[0] in ("wire-version", "malformed")
+
+
 def test_an_oversize_blob_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rustyrl.wire.MAX_BLOB_BYTES", 1000)
     frame, blob = encode_rollout(make_rollout())

@@ -145,11 +145,12 @@ def _join(link: RolloutSender, hello: Hello, limit_s: float = JOIN_S) -> Welcome
     """
     deadline = time.monotonic() + limit_s
     link.send(hello, timeout_s=limit_s)
-    said = time.monotonic()
+    said, lost = time.monotonic(), False
     while (left := deadline - time.monotonic()) > 0:
         received = link.receive(min(left, LEASE_S))
-        if time.monotonic() - said > LEASE_S and link.offer(hello):
-            said = time.monotonic()
+        lost |= link.was_cut
+        if (lost or time.monotonic() - said > LEASE_S) and link.offer(hello):
+            said, lost = time.monotonic(), False
         match received and received.message:
             case Welcome() as welcome:
                 return welcome
