@@ -42,7 +42,7 @@ class Variant:
 
     def __init__(self, env: str, settings: str, folder: Path) -> None:
         """Start it; return once it has trained for a while, stopped."""
-        self.settings = settings
+        self.settings, self._members = settings, list[int]()
         self._metrics = folder / "run" / "metrics.jsonl"
         common = [f"{name}.{key}={json.dumps(keys[key])}" for name, keys in BENCH_CARTPOLE.items() for key in keys]
         given, environment = [*common, LEASE], dict(os.environ)
@@ -91,9 +91,7 @@ class Variant:
     def close(self) -> None:
         """End it at once: nobody wants what it learned."""
         self._process.kill()  # the others die with it
-        for member in getattr(self, "_members", []):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(member, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
         self._process.wait(START_S)
 
     def _signal(self, number: signal.Signals) -> None:
