@@ -13,6 +13,22 @@ def forward(
     threads: int,
     /,
 ) -> None: ...
+def policy(
+    x: Floats,
+    normalizer: tuple[Floats, Floats, float] | None,
+    weights: tuple[Floats, ...],
+    biases: tuple[Floats, ...],
+    activations: bytes,
+    blocks: NDArray[Any],
+    log_std: Floats,
+    log_half: float,
+    masks: NDArray[Any] | None,
+    noise: Floats | None,
+    action: Floats,
+    log_prob: Floats,
+    threads: int,
+    /,
+) -> None: ...
 def ppo_epoch(
     parameters: Floats,
     gradient: Floats,

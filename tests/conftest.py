@@ -39,3 +39,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What policies say and draw is computed by compiled code, and once more without it."""
+    from rustyrl import perceptron
+
+    if request.param == "plain":
+        monkeypatch.setattr(perceptron, "COMPILED", False)
+    elif not perceptron.COMPILED:
+        pytest.skip(perceptron.PROBLEM)

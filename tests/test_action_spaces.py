@@ -240,6 +240,7 @@ def choices(kind: Kind) -> list[Number]:
 # Numpy and torch
 
 
+@pytest.mark.usefixtures("either_way")
 @EVERY
 def test_actor_and_learner_agree_on_the_log_prob_after_a_trip_over_the_wire(kind: Kind) -> None:
     slots, rng = 200, np.random.default_rng(0)
@@ -259,6 +260,7 @@ def test_actor_and_learner_agree_on_the_log_prob_after_a_trip_over_the_wire(kind
     assert log_prob.std() > 0.01
 
 
+@pytest.mark.usefixtures("either_way")
 @only("choices")
 def test_choices_are_drawn_as_often_as_the_softmax_of_what_is_allowed_says(kind: Kind) -> None:
     slots, outputs = 20_000, constant_outputs(kind)
@@ -282,6 +284,7 @@ def test_choices_are_drawn_as_often_as_the_softmax_of_what_is_allowed_says(kind:
             assert stats.chisquare(counts[possible], expected[possible]).pvalue > 1e-4
 
 
+@pytest.mark.usefixtures("either_way")
 @only("choices")
 def test_the_choices_of_one_action_are_drawn_independently(kind: Kind) -> None:
     slots, outputs = 20_000, np.zeros(kind.policy.output_width, np.float32)
@@ -295,6 +298,7 @@ def test_the_choices_of_one_action_are_drawn_independently(kind: Kind) -> None:
         assert np.abs(np.corrcoef(columns) - np.eye(len(columns))).max() < 0.05
 
 
+@pytest.mark.usefixtures("either_way")
 @only("masks")
 @pytest.mark.parametrize(
     "noise", [0.0, 0.5, ALMOST_ONE, 1.0, None], ids=["zero", "half", "almost-one", "rounded-to-one", "greedy"]
@@ -323,6 +327,7 @@ def test_a_forbidden_choice_is_never_drawn(kind: Kind, place: str, noise: float 
             assert log_prob[0] == 0.0  # there was nothing else
 
 
+@pytest.mark.usefixtures("either_way")
 @only("masks")
 def test_the_ends_of_the_noise_take_the_first_and_the_last_choice_that_is_allowed(kind: Kind) -> None:
     rng = np.random.default_rng(0)
@@ -340,6 +345,7 @@ def test_the_ends_of_the_noise_take_the_first_and_the_last_choice_that_is_allowe
                     assert action[number.part.name].ravel()[number.index] == allowed[end]
 
 
+@pytest.mark.usefixtures("either_way")
 @only("choices")
 def test_acting_greedily_takes_the_likeliest_choice_that_is_allowed_and_the_mean_of_a_box(kind: Kind) -> None:
     slots, rng = 100, np.random.default_rng(0)
@@ -357,6 +363,7 @@ def test_acting_greedily_takes_the_likeliest_choice_that_is_allowed_and_the_mean
             assert value == max(np.flatnonzero(allowed), key=lambda choice, seen=seen: seen[choice])
 
 
+@pytest.mark.usefixtures("either_way")
 @only("masks")
 def test_a_policy_with_masks_asks_for_them(kind: Kind) -> None:
     policy = constant_policy(kind, constant_outputs(kind), 1)

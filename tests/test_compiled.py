@@ -546,20 +546,34 @@ def test_a_stop_is_asked_for_after_as_much_as_is_taken_at_once(monkeypatch: pyte
     assert torch.equal(whole.adam.second, parts.adam.second)
 
 
+@EVERY
+@pytest.mark.parametrize("shared", [False, True])
+def test_values_and_log_probabilities_of_a_batch_are_those_of_torch(kind: Kind, shared: bool) -> None:
+    ours, torchs = (network_of(kind, shared=shared, compiled=compiled) for compiled in (2, 0))
+    rows = batch_of(torchs, 150)
+    more = torch.cat([rows.observation, torch.randn(20, rows.observation.shape[1])])
+    value, log_prob = ours.evaluate(more, rows.action, rows.action_mask)
+    assert (ours.compiled is not None, torchs.compiled) == (True, None)
+    expected, expected_log_prob = torchs.evaluate(more, rows.action, rows.action_mask)
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(log_prob, expected_log_prob, rtol=1e-4, atol=1e-4)
+
+
 def test_minibatches_may_be_of_any_sizes() -> None:
     """The largest needs the most memory, wherever it stands."""
-    config, order = msgspec.structs.replace(STEPPING, max_gradient_norm=1e9), torch.arange(2010)
-    for edges in ([0, 2000, 2001, 2010], [0, 1, 2001, 2007], [5, 100, 1700, 1800]):
+    config, order = msgspec.structs.replace(STEPPING, max_gradient_norm=1e9), np.arange(2010, dtype=np.int32)
+    for edges in np.array([[0, 2000, 2001, 2010], [0, 1, 2001, 2007], [5, 100, 1700, 1800]], np.int32):
         side, twin = Trained(KINDS["dict"], 2, hidden=(64, 64)), Trained(KINDS["dict"], 1, hidden=(64, 64))
         rows = batch_of(side.network, 2010)
         assert side.network.compiled is not None
         assert twin.network.compiled is not None
-        weight = importance_of(rows)
-        taken, figures, _ = side.network.compiled.steps(rows, weight, config, order, edges, side.adam, 1e-3)
+        given = side.network.compiled.arrays(rows, importance_of(rows))
+        taken, figures, _ = side.network.compiled.steps(given, config, order, edges, side.adam, 1e-3)
         assert taken == 3
-        for index, some in enumerate(itertools.pairwise(edges)):
-            _, (alone,), _ = twin.network.compiled.steps(rows, weight, config, order, some, twin.adam, 1e-3)
-            assert torch.equal(figures[index], alone)
+        for index in range(3):
+            some = edges[index : index + 2]
+            _, (alone,), _ = twin.network.compiled.steps(given, config, order, some, twin.adam, 1e-3)
+            assert np.array_equal(figures[index], alone)
         assert torch.equal(side.parameters, twin.parameters)
 
 

@@ -29,6 +29,8 @@ NORMALIZE = pytest.mark.parametrize("normalize", [True, False], ids=["normalized
 
 Arrays = dict[str, NDArray[np.float32]]
 
+pytestmark = pytest.mark.usefixtures("either_way")
+
 
 def make_spec(action: ActionSpec, activation: str = "tanh", *, normalize: bool = True, clip: float = 3.0) -> PolicySpec:
     return PolicySpec(OBSERVATION, (action,), (16, 8), activation, normalize, clip)  # type: ignore[arg-type]

@@ -266,6 +266,126 @@ def test_nothing_is_left_behind() -> None:
     assert [sys.getrefcount(array) for array in (case.x, *case.weights, case.out)] == counts
 
 
+class PolicyCase(Case):
+    """Random layers whose outputs are two choices among three, one of them masked, and a box of two numbers."""
+
+    BLOCKS = ((perceptron.CHOICE, 1, 3, 0, 0, -1), (perceptron.CHOICE, 1, 3, 1, 3, 0), (perceptron.BOX, 2, 1, 2, 6, 0))
+
+    def __init__(self, rows: int, threads: int = 1, seed: int = 0) -> None:
+        super().__init__(rows, [5, 16, 8], ["tanh", "identity"], seed, threads)
+        self.mean, self.scale = self.framed(1, 5, fill=True)[0], np.abs(self.framed(1, 5, fill=True)[0])
+        self.log_std = self.framed(1, 2, fill=True)[0]
+        self.blocks = np.array(self.BLOCKS, np.int32)
+        self.masks = self.generator.random((rows, 3)) < 0.5
+        self.masks[np.arange(rows), self.generator.integers(3, size=rows)] = True
+        self.noise = self.framed(rows, 4, fill=True)
+        self.noise[:, :2] = self.generator.random((rows, 2))
+        self.action, self.log_prob = self.framed(rows, 4), self.framed(1, rows)[0]
+
+    def arguments(self) -> dict[str, Any]:
+        network = {"weights": self.weights, "biases": self.biases, "codes": self.codes}
+        boxes = {"blocks": self.blocks, "log_std": self.log_std, "log_half": 0.25}
+        rows = {"masks": self.masks, "noise": self.noise, "action": self.action, "log_prob": self.log_prob}
+        normalizer = (self.mean, self.scale, 2.0)
+        return {"x": self.x, "normalizer": normalizer} | network | boxes | rows | {"threads": self.threads}
+
+    def draw(self, **changes: Any) -> tuple[np.ndarray, np.ndarray]:
+        perceptron.policy(*(self.arguments() | changes).values())
+        return self.action.copy(), self.log_prob.copy()
+
+    def outputs(self) -> np.ndarray:
+        """What the layers say of normalised rows, in float64."""
+        x, self.x = self.x, np.clip((self.x - self.mean) * self.scale, -2, 2)
+        found, self.x = self.literal(), x
+        return found
+
+
+@needs_compiled
+@pytest.mark.parametrize("rows", [0, 1, 7, 8, 47, 48, 49, 130])
+def test_actions_are_drawn_where_the_noise_falls_with_their_log_probability(rows: int) -> None:
+    case = PolicyCase(rows)
+    action, log_prob = case.draw()
+    case.check_frames()
+    outputs, std = case.outputs(), np.exp(case.log_std.astype(np.float64))
+    expected = np.full(rows, -0.25)
+    for column, allowed in ((0, np.ones((rows, 3), bool)), (1, case.masks)):
+        odds = np.exp(outputs[:, 3 * column : 3 * column + 3]) * allowed
+        odds /= odds.sum(1, keepdims=True)
+        choice = action[:, column].astype(int)
+        reached = np.cumsum(odds, axis=1)[np.arange(rows), choice]
+        chance = odds[np.arange(rows), choice]
+        assert (case.noise[:, column] <= reached + 1e-5).all()
+        assert (case.noise[:, column] >= reached - chance - 1e-5).all()
+        expected += np.log(chance)
+    np.testing.assert_allclose(action[:, 2:], outputs[:, 6:] + std * case.noise[:, 2:], rtol=1e-5, atol=1e-5)
+    expected += (-0.5 * case.noise[:, 2:].astype(np.float64) ** 2 - np.log(std) - 0.5 * np.log(2 * np.pi)).sum(1)
+    np.testing.assert_allclose(log_prob, expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_compiled
+def test_the_log_probability_of_given_actions_is_that_of_those_that_were_drawn() -> None:
+    case = PolicyCase(100)
+    action, log_prob = case.draw()
+    again, found = case.draw(noise=None)
+    assert np.array_equal(action, again)
+    assert np.array_equal(log_prob, found)
+    case.action[3, 0] = 5  # no choice that there is
+    assert np.isnan(case.draw(noise=None)[1]).tolist() == [row == 3 for row in range(100)]
+
+
+@needs_compiled
+@pytest.mark.parametrize("rows", [97, 5000])
+def test_actions_are_the_same_bits_with_any_number_of_threads_and_wherever_rows_lie(rows: int) -> None:
+    action, log_prob = PolicyCase(rows).draw()
+    for threads in (2, 3, 8):
+        other = PolicyCase(rows, threads)
+        assert all(map(np.array_equal, other.draw(), (action, log_prob)))
+    case = PolicyCase(rows)
+    scattered = {name: np.asfortranarray(array) for name, array in {"x": case.x, "noise": case.noise}.items()}
+    assert all(map(np.array_equal, case.draw(**scattered), (action, log_prob)))
+    case.draw(noise=None, action=np.repeat(action, 2, axis=1)[:, ::2])
+    assert np.array_equal(case.log_prob, log_prob)
+
+
+@needs_compiled
+def test_a_policy_that_is_no_number_in_a_row_says_so_of_that_row() -> None:
+    case = PolicyCase(20)
+    case.x[7, 2] = np.nan
+    action, log_prob = case.draw()
+    assert np.isnan(log_prob).tolist() == [row == 7 for row in range(20)]
+    assert action[7, 0] in (0, 1, 2)
+
+
+@needs_compiled
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"normalizer": (np.zeros(4, np.float32), np.zeros(5, np.float32), 1.0)}, ValueError, r"mean must be \[1, 5\]"),
+        ({"blocks": np.array(PolicyCase.BLOCKS, np.int64)}, TypeError, "blocks must hold int32"),
+        ({"blocks": np.array(PolicyCase.BLOCKS[:2], np.int32)}, ValueError, "blocks do not cover"),
+        ({"blocks": np.array([(0, 8, 1, 0, 0, 0)], np.int32)}, ValueError, "blocks do not fit the action"),
+        ({"log_std": np.zeros(1, np.float32)}, ValueError, "the masks or the deviations"),
+        ({"masks": None}, ValueError, "the masks or the deviations"),
+        ({"masks": np.ones((3, 3), np.int8)}, TypeError, "masks must hold bool"),
+        ({"noise": np.zeros((3, 3), np.float32)}, ValueError, r"noise must be \[3, 4\], got \[3, 3\]"),
+        ({"noise": np.zeros((3, 4))}, TypeError, "noise must hold float32"),
+        ({"action": np.zeros((2, 4), np.float32)}, ValueError, r"action must be \[3, 4\]"),
+        (
+            {"action": np.frombuffer(bytes(48), np.float32).reshape(3, 4)},
+            (ValueError, BufferError),
+            "read-only|writable",
+        ),
+        ({"log_prob": np.zeros(2, np.float32)}, ValueError, r"log_prob must be \[1, 3\]"),
+        ({"threads": 65}, ValueError, "threads must be 1 to 64, got 65"),
+    ],
+)
+def test_a_policy_that_does_not_fit_is_refused(change: dict[str, Any], error: Any, message: str) -> None:
+    case = PolicyCase(3)
+    with pytest.raises(error, match=message):
+        case.draw(**change)
+    case.check_frames()
+
+
 def test_it_is_compiled_where_there_is_a_compiler() -> None:
     if os.environ.get(perceptron.OFF_VARIABLE) == "0" or shutil.which("cc") is None:
         pytest.skip("no compiler here, or switched off")

@@ -1,6 +1,7 @@
 """Drawing actions from a policy's outputs, with their log-probabilities, as numpy on preallocated arrays.
 
-The learner's twin is ``rustyrl_learner/distribution.py``; a parity test holds them together for every kind of action.
+The learner's twin is ``rustyrl_learner/distribution.py``, and the compiled one ``rustyrl/c/policy.h``; tests hold them
+together for every kind of action.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ class BoxSampler:
         self._low, self._high = (np.array(bound, np.float32) for bound in (part.low, part.high))
         self._std = np.ones(self.width, np.float32)
         self._log_density = np.float32(0)
+        self.log_half = 0.0  # of the half widths of a box that is squashed, summed
         if squashed:
             self._half = (self._high - self._low) * np.float32(0.5)
+            self.log_half = float(np.log(self._half).sum())
             self._middle = self._low + self._half
             self._scratch = np.empty((slots, self.width), np.float32)
 
     def load(self, log_std: Floats) -> None:
         """Take the log standard deviations `[A]` of another version."""
         self._std = np.exp(log_std)
-        log_density = float(-log_std.sum() - 0.5 * math.log(2 * math.pi) * self.width)
-        if self._squashed:  # the density of what the environment is given: per unit of the box
-            log_density -= float(np.log(self._half).sum())
-        self._log_density = np.float32(log_density)
+        # The density of what the environment is given: per unit of the box.
+        self._log_density = np.float32(-log_std.sum() - 0.5 * math.log(2 * math.pi) * self.width - self.log_half)
 
     def draw(
         self, mean: Floats, noise: Floats | None, _mask: NDArray[np.bool_] | None, out: NDArray[np.generic]

@@ -55,10 +55,10 @@ def training_batch(
     rows = torch.cat([batch.observation.reshape(-1, width), batch.final_observation])
     if normalizer is not None:
         rows = normalizer.apply(rows)
-    if lagged:
-        said, outputs = network.evaluate(rows, steps * slots)
-    else:
-        said, outputs = network.value(rows), None
+    action = batch.action.reshape(steps * slots, -1)
+    mask = None if batch.action_mask is None else batch.action_mask.reshape(steps * slots, -1)
+    behavior = batch.behavior_log_prob.reshape(-1)
+    said, proximal = network.evaluate(rows, action, mask) if lagged else (network.value(rows), behavior)
     if values is not None:
         said = values.to_reward_units(said)
     count = (steps + 1) * slots
@@ -70,10 +70,6 @@ def training_batch(
         rewards.fold(reward, ended, batch.valid, batch.fresh, ppo.gamma)
         reward = rewards.apply(reward)
     observation = rows[: steps * slots]
-    action = batch.action.reshape(steps * slots, -1)
-    mask = None if batch.action_mask is None else batch.action_mask.reshape(steps * slots, -1)
-    behavior = batch.behavior_log_prob.reshape(-1)
-    proximal = behavior if outputs is None else network.log_prob(outputs, action, mask)
     if corrected:
         importance = (proximal - behavior).exp().reshape(steps, slots)
         discounts, limits = (ppo.gamma, ppo.gae_lambda), (ppo.vtrace_rho, ppo.vtrace_c)

@@ -109,12 +109,14 @@ class ChoiceTrace:
 class ActionDistribution:
     """What a policy's outputs mean as a distribution over its whole action: a product over the blocks of its parts.
 
+    action: its parts
     blocks: of the action, each box with where its deviations are in log_std
     squashed: whether boxes are
     log_half: the log of the half widths of squashed boxes, summed
     """
 
     def __init__(self, spec: PolicySpec) -> None:
+        self.action = spec.action
         self.blocks: list[tuple[ActionBlock, slice | None]] = []
         self.squashed = spec.box == "squashed"
         self.log_half = 0.0

@@ -15,7 +15,7 @@ from torch import Tensor
 from rustyrl.config import PPOConfig
 from rustyrl_learner.adam import Adam
 from rustyrl_learner.network import ActorCritic
-from rustyrl_learner.ppo import run_epoch
+from rustyrl_learner.ppo import TakeEpoch, run_epoch
 from rustyrl_learner.rows import TrainingBatch
 
 __all__ = ["EpochGraphs", "capture_on_cuda"]
@@ -23,7 +23,6 @@ __all__ = ["EpochGraphs", "capture_on_cuda"]
 log = logging.getLogger(__name__)
 
 TOLERANCE = 0.01  # how far, by what an epoch changes, its first replay may be from the same epoch without a graph
-TakeEpoch = Callable[[Tensor, float, Callable[[], None]], Tensor]
 Capture = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
 
 

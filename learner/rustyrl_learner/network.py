@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rustyrl.perceptron import encode_activations
 from rustyrl.weights import PolicySpec, Weights
-from rustyrl_learner.compiled import CompiledEpoch
+from rustyrl_learner.compiled import CompiledUpdate
 from rustyrl_learner.distribution import ActionDistribution
 from rustyrl_learner.lanes import Lanes, Scratch
 from rustyrl_learner.normalizer import ObservationNormalizer
@@ -101,7 +101,7 @@ class ActorCritic(nn.Module):
         self._flat: tuple[Flat, Flat] | None = None
         hidden = [spec.activation] * len(spec.hidden)
         self._threads = compiled if encode_activations([*hidden, "identity"]) is not None else 0
-        self.compiled: CompiledEpoch | None = None  # once the parameters lie where they stay
+        self.compiled: CompiledUpdate | None = None  # once the parameters lie where they stay
         make = partial(Perceptron, threads=self._threads)
         self._trunk = make(hidden, "policy") if shared and hidden else None
         if shared:
@@ -125,7 +125,7 @@ class ActorCritic(nn.Module):
             for name, parameter in self.named_parameters():
                 parameter.data, parameter.grad = (flat.views[name] for flat in self._flat)
             if self._threads:
-                self.compiled = CompiledEpoch(self.distribution, self.spec.activation, *self._flat, self._threads)
+                self.compiled = CompiledUpdate(self.distribution, self.spec.activation, *self._flat, self._threads)
         return self._flat
 
     @torch.no_grad()
@@ -165,18 +165,29 @@ class ActorCritic(nn.Module):
             lanes = (partial(lane, x, onward=False) for lane in (policy_lane, value_lane))
             self._lanes.both(*lanes, together=x.shape[0] >= SPLIT)
 
-    def evaluate(self, x: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """Values `[N]` of all rows, and logits and means `[first, outputs]` of the first so many, in `Lanes`."""
+    @torch.no_grad()
+    def evaluate(self, x: Tensor, action: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Values `[M]` of all rows, and the log-probabilities `[N]` of actions of the first N, in `Lanes`.
+
+        Args:
+            x: `[M, width]`.
+            action: `[N, A]`, raw.
+            mask: as of `log_prob`.
+        """
+        count = len(action)
+        self.flat()
+        if self.compiled is not None:
+            return self.value(x), self.compiled.log_prob(x[:count], action, mask)
         found: dict[str, Tensor] = {}
 
-        def say_outputs(_: Scratch) -> None:
-            found["outputs"] = self.policy(x[:first])
+        def say_log_prob(_: Scratch) -> None:
+            found["log_prob"] = self.log_prob(self.policy(x[:count]), action, mask)
 
         def say_values(_: Scratch) -> None:
             found["values"] = self.value(x)
 
-        self._lanes.both(say_outputs, say_values, together=first >= SPLIT)
-        return found["values"], found["outputs"]
+        self._lanes.both(say_log_prob, say_values, together=count >= SPLIT)
+        return found["values"], found["log_prob"]
 
     @torch.no_grad()
     def policy(self, x: Tensor) -> Tensor:

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rustyrl.config import PPOConfig
 from rustyrl_learner.adam import Adam, Optimizer
+from rustyrl_learner.compiled import FIGURES, Arrays, CompiledUpdate
 from rustyrl_learner.network import ActorCritic
 from rustyrl_learner.rows import (
     APPROX_KL,
@@ -29,10 +31,12 @@ from rustyrl_learner.rows import (
 if TYPE_CHECKING:
     from rustyrl_learner.graphs import EpochGraphs
 
-__all__ = ["Losses", "kl_estimate", "minibatch_gradient", "policy_gradient", "policy_loss", "ppo_update", "run_epoch"]
-__all__ += ["value_gradient", "value_loss"]
+__all__ = ["Losses", "TakeEpoch", "kl_estimate", "minibatch_gradient", "policy_gradient", "policy_loss", "ppo_update"]
+__all__ += ["run_epoch", "value_gradient", "value_loss"]
 
-
+TakeEpoch = Callable[
+    [Tensor, float, Callable[[], None]], Tensor
+]  # order, learning rate, `on_minibatch`; see `run_epoch`
 AT_ONCE = 1 << 30  # rows times parameters that compiled code takes at once: a twentieth of a second on two cores
 MAX_IMPORTANCE = 2.0  # truncates the weight of what the version that collected it found unlikely
 
@@ -143,7 +147,7 @@ def ppo_update(
         FloatingPointError: naming the first loss or gradient that is not finite. On the CPU the parameters are then
             what they were before that optimiser step; elsewhere it is looked for once an epoch.
     """
-    take = partial(run_epoch, network, optimizer, batch, config) if graphs is None else graphs.prepare(batch, config)
+    take = _epochs(network, optimizer, batch, config) if graphs is None else graphs.prepare(batch, config)
     order = _shuffled(batch, generator)
     numbers: list[list[float]] = []
     for epoch in range(config.epochs):
@@ -162,6 +166,14 @@ def ppo_update(
     policy, value, entropy, approx_kl, clipped, norm, _ = means
     first_ratio_error = numbers[0][FIRST_RATIO_ERROR]
     return Losses(policy, value, entropy, approx_kl, clipped, norm, first_ratio_error, len(numbers), learning_rate)
+
+
+def _epochs(network: ActorCritic, optimizer: Optimizer, batch: TrainingBatch, config: PPOConfig) -> TakeEpoch:
+    """What takes the epochs of this batch, one after the other: `run_epoch` of it."""
+    if network.compiled is None or not isinstance(optimizer, Adam):
+        return partial(run_epoch, network, optimizer, batch, config)
+    rows = network.compiled.arrays(batch, _importance(batch))
+    return partial(_compiled_epoch, network, network.compiled, optimizer, batch, rows, config)
 
 
 def _shuffled(batch: TrainingBatch, generator: torch.Generator) -> Tensor:
@@ -200,12 +212,9 @@ def run_epoch(
         FloatingPointError: where gradients are looked at.
     """
     watched = batch.advantage.device.type == "cpu" if watched is None else watched
-    count = len(batch.advantage)
-    minibatches = max(1, round(count / config.minibatch_size))
-    edges = [count * i // minibatches for i in range(minibatches + 1)]
     if network.compiled is not None and isinstance(optimizer, Adam):
-        take = partial(network.compiled.steps, adam=optimizer, learning_rate=float(learning_rate))
-        return _compiled_epoch(network, take, batch, config, order, edges, on_minibatch)
+        return _epochs(network, optimizer, batch, config)(order, float(learning_rate), on_minibatch)
+    edges = _edges(len(batch.advantage), config)
     gradient = network.flat()[1].tensor
     rows = batch.select(order)
     importance = _importance(rows)
@@ -226,32 +235,41 @@ def run_epoch(
     return _figures(rows, importance, seen, config)
 
 
+def _edges(count: int, config: PPOConfig) -> list[int]:
+    """Where each minibatch of so many rows begins, and where the last one ends."""
+    minibatches = max(1, round(count / config.minibatch_size))
+    return [count * i // minibatches for i in range(minibatches + 1)]
+
+
 def _compiled_epoch(
     network: ActorCritic,
-    take: Callable[..., tuple[int, Tensor, Tensor]],
+    compiled: CompiledUpdate,
+    adam: Adam,
     batch: TrainingBatch,
+    rows: Arrays,
     config: PPOConfig,
     order: Tensor,
-    edges: list[int],
-    on_minibatch: Callable[[], None],
+    learning_rate: float,
+    on_minibatch: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """`run_epoch` by `CompiledEpoch.steps`, as many minibatches at a time as do not keep a stop waiting."""
-    minibatches, importance = len(edges) - 1, _importance(batch)
-    each = max(1, minibatches * AT_ONCE // (edges[-1] * network.flat()[0].tensor.numel()))
-    figures: list[Tensor] = []
+    """`run_epoch` by `CompiledUpdate.steps`, as many minibatches at a time as do not keep a stop waiting."""
+    shuffled, edges = order.numpy().astype(np.int32), np.array(_edges(len(order), config), np.int32)
+    minibatches = len(edges) - 1
+    each = max(1, minibatches * AT_ONCE // (len(shuffled) * network.flat()[0].tensor.numel()))
+    found = np.empty((minibatches, FIGURES), np.float32)
     for first in range(0, minibatches, each):
         some = edges[first : first + each + 1]
-        taken, of_each, log_prob = take(batch, importance, config, order, some)
+        taken, of_each, log_prob = compiled.steps(rows, config, shuffled, some, adam, learning_rate)
         if taken < len(some) - 1:
             _refuse(network, of_each[taken].tolist())
         if not first:
-            error = _ratio_error(log_prob, batch.behavior_log_prob.index_select(0, order[: edges[1]]))
-        figures.append(of_each)
+            behavior = batch.behavior_log_prob.numpy()[shuffled[: edges[1]]]
+            error = np.abs(np.expm1(log_prob[: len(behavior)] - behavior)).max()
+        found[first : first + each] = of_each
         on_minibatch()
-    found = torch.cat(figures)
-    means = torch.tensor(edges).diff().float() @ found / edges[-1]
+    means = np.diff(edges).astype(np.float32) @ found / len(shuffled)
     means[ENTROPY], means[GRADIENT_NORM] = found[:, ENTROPY].mean(), found[:, GRADIENT_NORM].mean()
-    return torch.cat([means, error[None]])
+    return torch.from_numpy(np.append(means, error).astype(np.float32))
 
 
 def _importance(batch: TrainingBatch) -> Tensor:

@@ -99,23 +99,36 @@ INLINE vec squash(vec u, vec *tanh)
     return (LOG_2 - size_of - logarithm(one)) * 2;
 }
 
-/* Of k choices: log-probability and entropy; `outputs` becomes the logarithms of their probabilities, which `doutputs`
- * become. */
-FAST static void trace_choices(const Loss *loss, const Block *block, const Columns *at, const int32_t *order, size rows)
+/* Logits of choices that the rows' masks do not allow. */
+static void mask_choices(const Loss *loss, const Block *block, const Columns *at, const int32_t *order, size rows)
 {
     if (block->extra >= 0)
         for (size i = 0; i < block->groups * block->choices; i++)
             for (size r = 0; r < rows; r++)
                 if (!loss->mask[order[r] * loss->masks + block->extra + i])
                     at->outputs[(block->output + i) * TILE + r] = MASKED;
+}
+
+/* The largest of the logits of 8 rows, from `start` to `end`. */
+INLINE vec largest_logit(const float *outputs, size start, size end, size r)
+{
+    vec largest = load(outputs + start + r);
+    for (size c = start + TILE; c < end; c += TILE) {
+        vec logit = load(outputs + c + r);
+        largest = choose(logit > largest, logit, largest);
+    }
+    return largest;
+}
+
+/* Of k choices: log-probability and entropy; `outputs` becomes the logarithms of their probabilities, which `doutputs`
+ * become. */
+FAST static void trace_choices(const Block *block, const Columns *at, size rows)
+{
     for (size g = 0; g < block->groups; g++) {
         size start = (block->output + g * block->choices) * TILE, end = start + block->choices * TILE;
         for (size r = 0; r < rows; r += LANE) {
-            vec chosen = load(at->action + (block->column + g) * TILE + r), largest = load(at->outputs + start + r);
-            for (size c = start + TILE; c < end; c += TILE) {
-                vec logit = load(at->outputs + c + r);
-                largest = choose(logit > largest, logit, largest);
-            }
+            vec chosen = load(at->action + (block->column + g) * TILE + r);
+            vec largest = largest_logit(at->outputs, start, end, r);
             vec odds = spread(0), entropy = spread(0), log_prob = spread(__builtin_nanf("")), choice = spread(0);
             for (size c = start; c < end; c += TILE)
                 odds += exponential(load(at->outputs + c + r) - largest);
@@ -150,7 +163,8 @@ FAST static void differentiate_choices(const Loss *loss, const Block *block, con
     }
 }
 
-/* Of a box: `outputs` become the distances from the mean in deviations, and `doutputs` what the entropy alone gives. */
+/* Of a box: `outputs` become the distances from the mean in deviations, and `doutputs` what the entropy alone gives.
+ * `gradients` may be NULL. */
 FAST static void trace_box(const Loss *loss, const Block *block, const Columns *at, size rows, float *gradients)
 {
     for (size a = 0; a < block->groups; a++) {
@@ -177,7 +191,8 @@ FAST static void trace_box(const Loss *loss, const Block *block, const Columns *
             store(outputs + r, scaled);
             store(doutputs + r, doutput);
         }
-        gradients[block->extra + a] += total(ddeviation) + loss->dentropy * (float)rows;
+        if (gradients)
+            gradients[block->extra + a] += total(ddeviation) + loss->dentropy * (float)rows;
     }
 }
 
@@ -209,6 +224,30 @@ static void begin_loss(Loss *loss, float log_half)
         }
 }
 
+/* What the policy said of these rows, 0 beyond them, as far as masks allow it. */
+static void take_outputs(const Loss *loss, const Columns *at, size outputs, const int32_t *order, size rows)
+{
+    for (size i = 0; i < outputs; i++)
+        memset(at->outputs + i * TILE + rows, 0, sizeof(float) * (TILE - rows));
+    for (const Block *block = loss->blocks; block < loss->blocks + loss->count; block++)
+        if (block->kind == CHOICE)
+            mask_choices(loss, block, at, order, rows);
+}
+
+/* Log-probabilities of the actions, and entropies. */
+FAST static void trace(const Loss *loss, const Columns *at, size rows, float *gradients)
+{
+    for (size r = 0; r < TILE; r += LANE) {
+        store(at->log_prob + r, spread(loss->log_prob_start));
+        store(at->entropy + r, spread(loss->entropy_start));
+    }
+    for (const Block *block = loss->blocks; block < loss->blocks + loss->count; block++)
+        if (block->kind == CHOICE)
+            trace_choices(block, at, rows);
+        else
+            trace_box(loss, block, at, rows, gradients);
+}
+
 /* From outputs and values of rows `first` on to their gradients; adds up what `sums` are of. */
 FAST static void lose(const Loss *loss, const Columns *at, size outputs, size first, size rows, float *gradients,
                       float *sums)
@@ -216,20 +255,11 @@ FAST static void lose(const Loss *loss, const Columns *at, size outputs, size fi
     const int32_t *order = loss->order + first;
     float advantages[TILE] = {0};
     memcpy(advantages, loss->advantage + first, sizeof(float) * rows);
-    for (size i = 0; i < outputs; i++)
-        memset(at->outputs + i * TILE + rows, 0, sizeof(float) * (TILE - rows));
+    take_outputs(loss, at, outputs, order, rows);
     memset(at->value + rows, 0, sizeof(float) * (TILE - rows));
     for (size i = 0; i < loss->action.columns; i++)
         fetch(loss->action.at + i * loss->action.column, loss->action.row, order, rows, at->action + i * TILE);
-    for (size r = 0; r < TILE; r += LANE) {
-        store(at->log_prob + r, spread(loss->log_prob_start));
-        store(at->entropy + r, spread(loss->entropy_start));
-    }
-    for (const Block *block = loss->blocks; block < loss->blocks + loss->count; block++)
-        if (block->kind == CHOICE)
-            trace_choices(loss, block, at, order, rows);
-        else
-            trace_box(loss, block, at, rows, gradients);
+    trace(loss, at, rows, gradients);
     memcpy(loss->log_prob + first, at->log_prob, sizeof(float) * rows);
     memcpy(loss->value + first, at->value, sizeof(float) * rows);
     vec sum[SUMS] = {0};

@@ -1,8 +1,8 @@
 /* Small perceptrons on a CPU: what an actor's policy says, and a learner's optimiser steps, one minibatch after the other.
  *
- * A tile of rows goes through everything, forth and back, before the next: layers.h, and in between loss.h. Tiles make
- * pieces, which threads take: threads.h. Arithmetic is in a fixed order: the same numbers give the same bits on the same
- * machine, with however many threads.
+ * A tile of rows goes through everything before the next: policy.h and epoch.h, and what they share, layers.h and loss.h.
+ * Tiles make pieces, which threads take: threads.h. Arithmetic is in a fixed order: the same numbers give the same bits on
+ * the same machine, with however many threads. Here is the way from and to Python.
  */
 #define Py_LIMITED_API 0x030b0000
 #define PY_SSIZE_T_CLEAN
@@ -20,310 +20,11 @@
 #include "loss.h"
 #include "adam.h"
 
-enum { MAX_LAYERS = 64, MAX_PARTIAL = 1 << 23 }; /* numbers in gradients of pieces */
-enum { MIN_SLICE = 1024, SUM_COST = 8, STEP_COST = 128 }; /* parameters; what a sum, and a step, takes, in products */
+enum { MAX_LAYERS = 64 };
 
-/* --- what is asked for --- */
-
-typedef struct {
-    Work work;
-    Matrix x;
-    Layer layers[MAX_LAYERS];
-    Matrix out;
-    size count, widest;
-} Forward;
-
-FAST static void go_forward(const Work *work, size Py_UNUSED(piece), size begin, size end, float *room)
-{
-    const Forward *this = (const Forward *)work;
-    for (size first = begin; first < end; first += TILE) {
-        size rows = least(TILE, end - first);
-        Matrix outs[MAX_LAYERS];
-        for (size l = 0; l < this->count; l++) {
-            size width = this->layers[l].out;
-            outs[l] = (Matrix){room + l % 2 * TILE * this->widest, rows, width, width, 1};
-        }
-        outs[this->count - 1] = rows_from(this->out, first, rows);
-        run_forth(this->layers, this->count, rows_from(this->x, first, rows), outs);
-    }
-}
-
-/* The layers that policy and critic share, if there are any, and those of each. */
-enum { TRUNK, POLICY, CRITIC, PARTS };
-
-/* parts: the layers of a part are those from parts[part] to parts[part + 1]
- * outputs: how many the policy has
- * parameters: how many there are
- * most: pieces of a minibatch
- * panels: where the layers' weights are brought to
- * partial: [pieces, parameters + SUMS], gradients and sums of each piece
- * The others are where in a thread's room something is, which begins with what goes in: `kept` what comes out of each layer.
- */
-typedef struct {
-    Work work;
-    Matrix x;
-    Layer layers[MAX_LAYERS];
-    Loss loss;
-    size parts[PARTS + 1], outputs, parameters, most;
-    float *panels, *partial;
-    size kept[MAX_LAYERS], columns, dfeatures, dz, between[2], sums;
-} Gradient;
-
-/* Rows of a matrix, side by side. */
-static Matrix collect(Matrix from, const int32_t *order, size rows, float *to)
-{
-    Matrix tile = {to, rows, from.columns, from.columns, 1};
-    for (size r = 0; r < rows; r++, to += from.columns) {
-        const float *row = from.at + order[r] * from.row;
-        if (from.column == 1)
-            memcpy(to, row, sizeof(float) * from.columns);
-        else
-            for (size i = 0; i < from.columns; i++)
-                to[i] = row[i * from.column];
-    }
-    return tile;
-}
-
-FAST static void go_gradient(const Work *work, size piece, size begin, size end, float *room)
-{
-    const Gradient *this = (const Gradient *)work;
-    const Layer *layers = this->layers, *last = layers + this->parts[PARTS] - 1;
-    const size *parts = this->parts;
-    float *gradients = this->partial + piece * (this->parameters + SUMS), *column = room + this->columns;
-    float *dz = room + this->dz, *between[2] = {room + this->between[0], room + this->between[1]};
-    size outputs = this->outputs, action = this->loss.action.columns;
-    Columns at = {.outputs = column, .doutputs = column + outputs * TILE, .entropies = column + 2 * outputs * TILE};
-    at.action = column += 3 * outputs * TILE;
-    at.value = column += action * TILE;
-    at.dvalue = column += TILE;
-    at.log_prob = column += TILE;
-    at.entropy = column += TILE;
-    at.dlog_prob = column += TILE;
-    Matrix outs[MAX_LAYERS];
-    for (size l = 0; l < parts[PARTS]; l++)
-        outs[l] = (Matrix){room + this->kept[l], TILE, layers[l].out, layers[l].out, 1};
-    outs[parts[CRITIC] - 1] = (Matrix){at.outputs, TILE, outputs, 1, TILE};
-    outs[last - layers] = (Matrix){at.value, TILE, 1, 1, TILE};
-    memset(gradients, 0, sizeof(float) * (this->parameters + SUMS));
-    memset(dz, 0, sizeof(float) * (this->between[0] - this->dz)); /* what pads it is multiplied, too, and forgotten */
-    for (size first = begin; first < end; first += TILE) {
-        size rows = least(TILE, end - first);
-        Matrix x = collect(this->x, this->loss.order + first, rows, room);
-        Matrix features = run_forth(layers, parts[POLICY], x, outs), dfeatures = {0};
-        if (parts[POLICY])
-            dfeatures = (Matrix){room + this->dfeatures, rows, features.columns, features.columns, 1};
-        for (int part = POLICY; part <= CRITIC; part++)
-            run_forth(layers + parts[part], parts[part + 1] - parts[part], features, outs + parts[part]);
-        lose(&this->loss, &at, outputs, first, rows, gradients, gradients + this->parameters);
-        for (int part = POLICY; part <= CRITIC; part++) {
-            Matrix dy = {part == POLICY ? at.doutputs : at.dvalue, rows, part == POLICY ? outputs : 1, 1, TILE};
-            run_back(layers + parts[part], parts[part + 1] - parts[part], features, outs + parts[part], dy, dfeatures,
-                     part == CRITIC, gradients, dz, between, room + this->sums);
-        }
-        run_back(layers, parts[POLICY], x, outs, dfeatures, (Matrix){0}, 0, gradients, dz, between, room + this->sums);
-    }
-}
-
-/* Parameters by the slice, which threads take as they do rows.
- *
- * pieces, stride: of `partial`, whose numbers are added up into the first piece's
- * gradient: [parameters], a copy of it
- * squares: of the gradient, of each slice
- * adam, number, norm: the step along it
- */
-typedef struct {
-    Work work;
-    float *partial, *gradient, *values, squares[PIECES];
-    size pieces, stride, number;
-    const Adam *adam;
-    float norm;
-} Slices;
-
-static void cut_slices(Slices *slices, size parameters, size cost, void (*go)(const Work *, size, size, size, float *))
-{
-    slices->work = (Work){.go = go, .cost = parameters * cost, .soon = 1};
-    cut(&slices->work, parameters, LANE, MIN_SLICE, PIECES);
-}
-
-/* The gradients of all pieces together, in their order. */
-FAST static void go_gather(const Work *work, size slice, size begin, size end, float *Py_UNUSED(room))
-{
-    Slices *this = (Slices *)work;
-    float *sum = this->partial;
-    for (size piece = 1; piece < this->pieces; piece++) {
-        const float *from = sum + piece * this->stride;
-        for (size i = begin; i < end; i++)
-            sum[i] += from[i];
-    }
-    memcpy(this->gradient + begin, sum + begin, sizeof(float) * (size_t)(end - begin));
-    vec squares = spread(0);
-    size i = begin;
-    for (; i + LANE <= end; i += LANE)
-        squares += load(sum + i) * load(sum + i);
-    float square = total(squares);
-    for (; i < end; i++)
-        square += sum[i] * sum[i];
-    this->squares[slice] = square;
-}
-
-static void go_step(const Work *work, size Py_UNUSED(slice), size begin, size end, float *Py_UNUSED(room))
-{
-    const Slices *this = (const Slices *)work;
-    step(this->adam, this->number, this->norm, this->gradient, begin, end, this->values);
-}
-
-/* The sum of all pieces' gradients, into `gradient`, and [FIGURES] of them. */
-static void gather(const Gradient *this, float *gradient, float *figures, size threads)
-{
-    Slices slices = {.partial = this->partial, .gradient = gradient, .pieces = this->work.pieces};
-    slices.stride = this->parameters + SUMS;
-    cut_slices(&slices, this->parameters, slices.pieces * SUM_COST, go_gather);
-    do_work(&slices.work, threads);
-    float square = 0;
-    for (size slice = 0; slice < slices.work.pieces; slice++)
-        square += slices.squares[slice];
-    for (size sum = this->parameters; sum < slices.stride; sum++) {
-        for (size piece = 1; piece < slices.pieces; piece++)
-            this->partial[sum] += this->partial[sum + piece * slices.stride];
-        figures[sum - this->parameters] = this->partial[sum] * this->loss.each;
-    }
-    figures[NORM] = sqrtf(square);
-}
-
-/* As a minibatch normalises its advantages: mean 0, deviation 1. */
-static void normalize(float *at, size count)
-{
-    double mean = 0, square = 0;
-    for (size i = 0; i < count; i++)
-        mean += at[i];
-    mean /= (double)count;
-    for (size i = 0; i < count; i++)
-        square += (at[i] - mean) * (at[i] - mean);
-    float middle = (float)mean, scale = (float)(1 / (sqrt(square / (double)(count - 1)) + 1e-8));
-    for (size i = 0; i < count; i++)
-        at[i] = (at[i] - middle) * scale;
-}
-
-/* What is the same for all minibatches.
- *
- * given: [N], the advantages as they came
- * advantage: [n], those of the rows in their order, normalised if that is asked for
- * gradient: [parameters], of the newest minibatch
- */
-typedef struct {
-    const float *given;
-    float *advantage, *gradient;
-    float entropy, value_coefficient, log_half;
-    int normalized;
-} Epoch;
-
-/* The gradient of rows order[start] to order[stop - 1], and its figures. */
-static void take_gradient(const Gradient *of_all, const Epoch *epoch, size start, size stop, float *figures, size threads)
-{
-    Gradient this = *of_all;
-    size rows = stop - start;
-    this.loss.order += start;
-    this.loss.log_prob += start;
-    this.loss.value += start;
-    this.loss.advantage = epoch->advantage + start;
-    this.loss.each = 1 / (float)rows;
-    this.loss.dentropy = -epoch->entropy * this.loss.each;
-    this.loss.dvalue = epoch->value_coefficient * this.loss.each;
-    begin_loss(&this.loss, epoch->log_half);
-    for (size r = 0; r < rows; r++)
-        epoch->advantage[start + r] = epoch->given[this.loss.order[r]];
-    if (epoch->normalized && rows > 1)
-        normalize(epoch->advantage + start, rows);
-    float *to = this.panels;
-    for (size l = 0; l < this.parts[PARTS]; l++) {
-        to = pack_forth(&this.layers[l], to);
-        if (l && (l != this.parts[CRITIC] || this.parts[POLICY]))
-            to = pack_back(&this.layers[l], to);
-    }
-    cut(&this.work, rows, ROWS, TILE, this.most);
-    this.work.cost = 3 * rows * this.parameters;
-    this.work.soon = 1;
-    do_work(&this.work, threads);
-    gather(&this, epoch->gradient, figures, threads);
-}
-
-/* --- the way from and to Python --- */
-
-enum { MAX_BUFFERS = 2 * MAX_LAYERS + 2 };
-
-typedef struct {
-    Py_buffer views[MAX_BUFFERS];
-    size count;
-} Borrowed;
-
-static void give_back(Borrowed *borrowed)
-{
-    while (borrowed->count)
-        PyBuffer_Release(&borrowed->views[--borrowed->count]);
-}
-
-static int refuse(const char *message)
-{
-    PyErr_SetString(PyExc_ValueError, message);
-    return -1;
-}
-
-enum { STRIDED = 1, WRITABLE = 2, INT32 = 4, BOOL = 8 };
-
-/* The numbers of an array with one or two axes, float32 unless `how` says otherwise; -1 and an exception if it is none.
- * A `rows` or `columns` that is not negative must be met; unless it may be STRIDED the numbers must be side by side. */
-static int borrow(Borrowed *borrowed, PyObject *array, const char *name, int axes, size rows, size columns, int how,
-                  Matrix *matrix)
-{
-    Py_buffer *view = &borrowed->views[borrowed->count];
-    const char *format = how & INT32 ? "i" : how & BOOL ? "?" : "f";
-    size each = how & BOOL ? 1 : 4;
-    int flags = how & STRIDED ? PyBUF_STRIDES : PyBUF_C_CONTIGUOUS;
-    if (PyObject_GetBuffer(array, view, PyBUF_FORMAT | flags | (how & WRITABLE ? PyBUF_WRITABLE : 0)) < 0)
-        return -1;
-    borrowed->count++;
-    if (view->itemsize != each || !view->format || strcmp(view->format, format)) {
-        PyErr_Format(PyExc_TypeError, "%s must hold %s, got format '%s'", name,
-                     how & INT32 ? "int32" : how & BOOL ? "bool" : "float32", view->format ? view->format : "B");
-        return -1;
-    }
-    if (view->ndim != axes) {
-        PyErr_Format(PyExc_ValueError, "%s must have %d axes, got %d", name, axes, view->ndim);
-        return -1;
-    }
-    size of_rows = axes == 2 ? view->shape[0] : 1, of_columns = view->shape[axes - 1];
-    if ((rows >= 0 && of_rows != rows) || (columns >= 0 && of_columns != columns)) {
-        PyErr_Format(PyExc_ValueError, "%s must be [%zd, %zd], got [%zd, %zd]", name, rows < 0 ? of_rows : rows,
-                     columns < 0 ? of_columns : columns, of_rows, of_columns);
-        return -1;
-    }
-    size row = axes == 2 ? view->strides[0] : 0, column = view->strides[axes - 1];
-    if (row % each || column % each) {
-        PyErr_Format(PyExc_ValueError, "%s has strides that are no multiple of %zd bytes", name, each);
-        return -1;
-    }
-    *matrix = (Matrix){view->buf, of_rows, of_columns, row / each, column / each};
-    return 0;
-}
-
-/* An array [count] of numbers side by side. */
-static int borrow_numbers(Borrowed *borrowed, PyObject *array, const char *name, size count, int how, float **at)
-{
-    Matrix matrix;
-    if (borrow(borrowed, array, name, 1, -1, count, how, &matrix) < 0)
-        return -1;
-    *at = matrix.at;
-    return 0;
-}
-
-static int count_items(PyObject *tuple, const char *name, size expected)
-{
-    if (!PyTuple_Check(tuple) || (expected >= 0 && PyTuple_Size(tuple) != expected)) {
-        PyErr_Format(PyExc_ValueError, "%s must be a tuple with an item for each layer", name);
-        return -1;
-    }
-    return 0;
-}
+#include "policy.h"
+#include "epoch.h"
+#include "arrays.h"
 
 /* Rooms for threads, then `shared` numbers for all; NULL and an exception where there is no memory. */
 static float *make_room(Work *work, int threads, size shared)
@@ -343,7 +44,7 @@ static int check_threads(int threads)
     return -1;
 }
 
-/* What both functions end with: None, or NULL where there was an exception. */
+/* What functions end with: None, or NULL where there was an exception. */
 static PyObject *finish(Work *work, Borrowed *borrowed)
 {
     free(work->room);
@@ -351,7 +52,7 @@ static PyObject *finish(Work *work, Borrowed *borrowed)
     return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
 }
 
-/* The layers of `forward`, of arrays. */
+/* The layers of a pass, of arrays. */
 static int borrow_layers(Borrowed *borrowed, Forward *this, PyObject *weights, PyObject *biases, PyObject *activations)
 {
     if (count_items(weights, "weights", -1) < 0)
@@ -383,6 +84,8 @@ static int borrow_layers(Borrowed *borrowed, Forward *this, PyObject *weights, P
         columns = weight.columns;
         this->layers[l] =
             (Layer){.in = weight.rows, .out = columns, .activation = codes[l], .weight = weight.at, .bias = bias};
+        if (columns > this->widest)
+            this->widest = columns;
     }
     return 0;
 }
@@ -399,6 +102,31 @@ static int borrow_adam(Borrowed *borrowed, Adam *adam, PyObject *given, size par
     return adam->kept < 0 || adam->steps < 0 ? refuse("neither steps nor what does not decay can be negative") : 0;
 }
 
+/* Rooms of so many numbers for threads, panels, and `shared` numbers for all; where these are, or NULL and an exception. */
+static float *prepare_forward(Forward *this, size room_each, int threads, size shared)
+{
+    size panels = 0, parameters = 0;
+    for (const Layer *layer = this->layers; layer < this->layers + this->count; layer++) {
+        panels += forth_numbers(layer);
+        parameters += (layer->in + 1) * layer->out;
+    }
+    cut(&this->work, this->x.rows, ROWS, 2 * TILE, PIECES);
+    this->work.cost = this->x.rows * parameters;
+    this->work.room_each = room_each;
+    this->panels = make_room(&this->work, threads, panels + shared);
+    return this->panels ? this->panels + panels : NULL;
+}
+
+static void run_forward(Forward *this, int threads)
+{
+    Py_BEGIN_ALLOW_THREADS;
+    float *to = this->panels;
+    for (size l = 0; l < this->count; l++)
+        to = pack_forth(&this->layers[l], to);
+    do_work(&this->work, threads);
+    Py_END_ALLOW_THREADS;
+}
+
 PyDoc_STRVAR(forward_doc, "forward(x, weights, biases, activations, out, threads)\n\n"
                           "Write what the layers say of x [N, in] into out [N, out].");
 
@@ -411,30 +139,100 @@ static PyObject *forward(PyObject *Py_UNUSED(module), PyObject *args)
         return NULL;
     Borrowed borrowed = {.count = 0};
     Forward this = {.work.go = go_forward};
-    Work *work = &this.work;
-    size panels = 0, parameters = 0;
     if (borrow(&borrowed, x, "x", 2, -1, -1, STRIDED, &this.x) < 0 ||
         borrow_layers(&borrowed, &this, weights, biases, activations) < 0 ||
         borrow(&borrowed, out, "out", 2, this.x.rows, this.layers[this.count - 1].out, WRITABLE, &this.out) < 0)
-        return finish(work, &borrowed);
-    for (Layer *layer = this.layers; layer < this.layers + this.count; layer++) {
-        if (layer->out > this.widest)
-            this.widest = layer->out;
-        panels += forth_numbers(layer);
-        parameters += (layer->in + 1) * layer->out;
+        return finish(&this.work, &borrowed);
+    if (prepare_forward(&this, 2 * TILE * this.widest, threads, 0))
+        run_forward(&this, threads);
+    return finish(&this.work, &borrowed);
+}
+
+/* The parts of an action, copied to `to`, must fit the arrays, and cover what the policy says.
+ * Those that are boxes have their deviations among so many numbers at `parameters`. */
+static int read_blocks(Loss *loss, size outputs, size parameters, const Matrix *table, void *to)
+{
+    size covered = 0;
+    loss->blocks = memcpy(to, table->at, sizeof(Block) * table->rows);
+    loss->count = table->rows;
+    for (const Block *block = loss->blocks; block < loss->blocks + loss->count; block++) {
+        if (block->kind < 0 || block->kind >= KINDS || block->groups < 1 || block->choices < 1 || block->column < 0 ||
+            block->column + (size)block->groups > loss->action.columns || block->output != covered)
+            return refuse("blocks do not fit the action");
+        size width = (size)block->groups * block->choices, end = block->extra + width;
+        covered += width;
+        if (block->kind == CHOICE ? block->extra < -1 || (block->extra >= 0 && end > loss->masks)
+                                  : block->extra < 0 || block->choices != 1 || end > parameters)
+            return refuse("blocks do not fit the masks or the deviations");
     }
-    cut(work, this.x.rows, ROWS, 2 * TILE, PIECES);
-    work->cost = this.x.rows * parameters;
-    work->room_each = 2 * TILE * this.widest;
-    float *to = make_room(work, threads, panels);
-    if (!to)
-        return finish(work, &borrowed);
-    Py_BEGIN_ALLOW_THREADS;
-    for (size l = 0; l < this.count; l++)
-        to = pack_forth(&this.layers[l], to);
-    do_work(work, threads);
-    Py_END_ALLOW_THREADS;
-    return finish(work, &borrowed);
+    return covered == outputs ? 0 : refuse("blocks do not cover what the policy says");
+}
+
+/* Mean, scale and limit of observations. */
+static int borrow_normalizer(Borrowed *borrowed, Policy *this, PyObject *given)
+{
+    PyObject *mean, *scale;
+    size in = this->forward.x.columns;
+    return PyArg_ParseTuple(given, "OOf", &mean, &scale, &this->limit) &&
+                   borrow_numbers(borrowed, mean, "the normaliser's mean", in, 0, &this->mean) == 0 &&
+                   borrow_numbers(borrowed, scale, "the normaliser's scale", in, 0, &this->scale) == 0
+               ? 0
+               : -1;
+}
+
+PyDoc_STRVAR(policy_doc,
+             "policy(x, normalizer, weights, biases, activations, blocks, log_std, log_half, masks, noise, action, log_prob, "
+             "threads)\n\n"
+             "Write the log-probability [N] of each raw action [N, A] under a policy whose layers see x [N, in].\n\n"
+             "normalizer: mean [in], scale [in] and limit of observations, or None\n"
+             "blocks: [n, 6] int32, of `rustyrl.perceptron.encode_blocks`\n"
+             "log_std: [boxes], the logarithms of their deviations\n"
+             "log_half: of the half widths of squashed boxes, summed\n"
+             "masks: [N, M] bool, or None\n"
+             "noise: [N, A], of which actions are drawn and written: standard normal for a box and uniform for a choice; "
+             "None for actions that are given");
+
+static PyObject *policy(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *x, *normalizer, *weights, *biases, *activations, *blocks, *log_std, *masks, *noise, *action, *log_prob;
+    float log_half;
+    int threads;
+    if (!PyArg_ParseTuple(args, "OOOOOOOfOOOOi", &x, &normalizer, &weights, &biases, &activations, &blocks, &log_std,
+                          &log_half, &masks, &noise, &action, &log_prob, &threads) ||
+        check_threads(threads) < 0)
+        return NULL;
+    Borrowed borrowed = {.count = 0};
+    Policy this = {.forward.work.go = go_policy};
+    Forward *forward = &this.forward;
+    Loss *loss = &this.loss;
+    Matrix of_blocks, of_log_std, of_masks = {0};
+    if (borrow(&borrowed, x, "x", 2, -1, -1, STRIDED, &forward->x) < 0 ||
+        borrow_layers(&borrowed, forward, weights, biases, activations) < 0 ||
+        borrow(&borrowed, blocks, "blocks", 2, -1, 6, INT32, &of_blocks) < 0 ||
+        borrow(&borrowed, log_std, "log_std", 1, -1, -1, 0, &of_log_std) < 0)
+        return finish(&forward->work, &borrowed);
+    size rows = forward->x.rows;
+    if ((normalizer != Py_None && borrow_normalizer(&borrowed, &this, normalizer) < 0) ||
+        (masks != Py_None && borrow(&borrowed, masks, "masks", 2, rows, -1, BOOL, &of_masks) < 0) ||
+        borrow(&borrowed, action, "action", 2, rows, -1, STRIDED | (noise == Py_None ? 0 : WRITABLE), &loss->action) < 0 ||
+        (noise != Py_None &&
+         borrow(&borrowed, noise, "noise", 2, rows, loss->action.columns, STRIDED, &this.noise) < 0) ||
+        borrow_numbers(&borrowed, log_prob, "log_prob", rows, WRITABLE, &loss->log_prob) < 0)
+        return finish(&forward->work, &borrowed);
+    if (rows > INT32_MAX) {
+        refuse("there are too many rows");
+        return finish(&forward->work, &borrowed);
+    }
+    loss->parameters = of_log_std.at;
+    loss->mask = (const unsigned char *)of_masks.at;
+    loss->masks = of_masks.columns;
+    float *shared = prepare_forward(forward, policy_room(&this), threads, padded(of_blocks.rows * 6));
+    size outputs = forward->layers[forward->count - 1].out;
+    if (shared && read_blocks(loss, outputs, of_log_std.columns, &of_blocks, shared) == 0) {
+        begin_loss(loss, log_half);
+        run_forward(forward, threads);
+    }
+    return finish(&forward->work, &borrowed);
 }
 
 /* The layers of `ppo_epoch`, of a table: part, in, out, activation, and where weight and bias are among the
@@ -466,26 +264,6 @@ static int read_layers(Gradient *this, const Matrix *table, const float *paramet
         return refuse("the last layers of policy and critic have no activation");
     this->outputs = policy->out;
     return 0;
-}
-
-/* The parts of an action, copied to `to`, must fit the arrays, and cover what the policy says. */
-static int read_blocks(Gradient *this, const Matrix *table, void *to)
-{
-    Loss *loss = &this->loss;
-    size covered = 0;
-    loss->blocks = memcpy(to, table->at, sizeof(Block) * table->rows);
-    loss->count = table->rows;
-    for (const Block *block = loss->blocks; block < loss->blocks + loss->count; block++) {
-        if (block->kind < 0 || block->kind >= KINDS || block->groups < 1 || block->choices < 1 || block->column < 0 ||
-            block->column + (size)block->groups > loss->action.columns || block->output != covered)
-            return refuse("blocks do not fit the action");
-        size width = (size)block->groups * block->choices, end = block->extra + width;
-        covered += width;
-        if (block->kind == CHOICE ? block->extra < -1 || (block->extra >= 0 && end > loss->masks)
-                                  : block->extra < 0 || block->choices != 1 || end > this->parameters)
-            return refuse("blocks do not fit the masks or the deviations");
-    }
-    return covered == this->outputs ? 0 : refuse("blocks do not cover what the policy says");
 }
 
 /* The order must be of rows that there are, and the edges of minibatches must rise within it. */
@@ -602,7 +380,7 @@ static PyObject *ppo_epoch(PyObject *Py_UNUSED(module), PyObject *args)
     size minibatches = of_edges.columns - 1, panels = lay_out(&this, edge, minibatches), taken = 0;
     size shared = panels + work->pieces * (this.parameters + SUMS);
     this.panels = make_room(work, threads, shared + padded(of_blocks.rows * 6));
-    if (!this.panels || read_blocks(&this, &of_blocks, this.panels + shared) < 0)
+    if (!this.panels || read_blocks(loss, this.outputs, this.parameters, &of_blocks, this.panels + shared) < 0)
         return finish(work, &borrowed);
     this.partial = this.panels + panels;
     Slices slices = {.gradient = epoch.gradient, .values = at.at, .adam = &adam};
@@ -642,6 +420,7 @@ static PyObject *supported(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args
 
 static PyMethodDef methods[] = {
     {"forward", forward, METH_VARARGS, forward_doc},
+    {"policy", policy, METH_VARARGS, policy_doc},
     {"ppo_epoch", ppo_epoch, METH_VARARGS, ppo_epoch_doc},
     {"supported", supported, METH_NOARGS, supported_doc},
     {NULL, NULL, 0, NULL},
