@@ -17,7 +17,7 @@ from rustyrl.spec import ActionSpec, action_blocks
 __all__ = ["ACTIVATIONS", "COMPILED", "MAX_THREADS", "OFF_VARIABLE", "PROBLEM"]
 __all__ += ["encode_activations", "encode_blocks", "forward", "policy", "ppo_epoch"]
 
-ACTIVATIONS = {"identity": 0, "relu": 1, "tanh": 2}  # as in c/layers.h
+ACTIVATIONS = {"identity": 0, "relu": 1, "tanh": 2, "elu": 3, "silu": 4}  # as in c/layers.h
 BOX, SQUASHED, CHOICE = range(3)  # as in c/loss.h
 MAX_THREADS = 64
 MAX_LAYERS = 64  # of all networks together

@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.skipif(not perceptron.COMPILED, reason=perceptron.PROBLEM or "compiled"),
 ]
 CONFIG = PPOConfig(clip=0.2, value_clip=0.3, entropy=0.05, value_coefficient=0.7)
-ACTIVATIONS = {"tanh": torch.tanh, "relu": F.relu}
+ACTIVATIONS = {"tanh": torch.tanh, "relu": F.relu, "elu": F.elu, "silu": F.silu}
 
 
 def network_of(
@@ -394,7 +394,7 @@ def changed(table: np.ndarray, row: int, column: int, number: int) -> np.ndarray
         (0, 0, 3, "layers do not follow each other"),
         (0, 1, 8, "layers do not follow each other"),
         (1, 2, 0, "layers do not follow each other"),
-        (1, 3, 3, "layers do not follow each other"),
+        (1, 3, 9, "layers do not follow each other"),
         (1, 4, 1 << 20, "outside of the parameters"),
         (1, 5, -1, "outside of the parameters"),
         (2, 3, 2, "no activation"),

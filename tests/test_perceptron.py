@@ -19,7 +19,13 @@ from hypothesis import strategies as st
 from rustyrl import perceptron
 
 needs_compiled = pytest.mark.skipif(not perceptron.COMPILED, reason=perceptron.PROBLEM or "compiled")
-ACTIVATIONS = {"identity": lambda z: z, "relu": lambda z: np.maximum(z, 0), "tanh": np.tanh}
+ACTIVATIONS = {
+    "identity": lambda z: z,
+    "relu": lambda z: np.maximum(z, 0),
+    "tanh": np.tanh,
+    "elu": lambda z: np.where(z > 0, z, np.expm1(np.minimum(z, 0))),
+    "silu": lambda z: z / (1 + np.exp(-z)),
+}
 
 
 class Case:
@@ -215,6 +221,17 @@ def test_tanh_is_within_a_rounding_or_two_and_never_beyond_one() -> None:
     assert np.abs(y).max() <= 1
     small = np.abs(x) < 1e-3
     np.testing.assert_allclose(y[small], np.tanh(x[small]), rtol=1e-6, atol=0)
+
+
+@needs_compiled
+@pytest.mark.parametrize("activation", ["elu", "silu"])
+def test_elu_and_silu_keep_the_digits_of_small_numbers(activation: str) -> None:
+    x = np.concatenate([np.linspace(-90, 90, 100_001), np.geomspace(1e-30, 1e4, 2000), -np.geomspace(1e-30, 90, 2000)])
+    x = x.astype(np.float32)[:, None]
+    y = np.empty_like(x)
+    one, zero = (np.full(shape, value, np.float32) for shape, value in [((1, 1), 1), ((1,), 0)])
+    perceptron.forward(x, (one,), (zero,), perceptron.encode_activations([activation]), y, 1)
+    np.testing.assert_allclose(y, ACTIVATIONS[activation](x.astype(np.float64)), rtol=1e-6, atol=1e-36)
 
 
 @needs_compiled
@@ -420,8 +437,7 @@ np.testing.assert_allclose(outputs, network.policy(batch.observation).numpy(), r
 
 
 def test_activations_that_it_does_not_know_are_left_to_others() -> None:
-    assert perceptron.encode_activations(["elu", "identity"]) is None
-    assert perceptron.encode_activations(["silu", "identity"]) is None
+    assert perceptron.encode_activations(["gelu", "identity"]) is None
 
 
 def test_networks_of_very_many_layers_are_left_to_others() -> None:

@@ -14,7 +14,8 @@ enum { TRUNK, POLICY, CRITIC, PARTS };
  * most: pieces of a minibatch
  * panels: where the layers' weights are brought to
  * partial: [pieces, parameters + SUMS], gradients and sums of each piece
- * The others are where in a thread's room something is, which begins with what goes in: `kept` what comes out of each layer.
+ * The others are where in a thread's room something is, which begins with what goes in: `kept` what comes out of each
+ * layer, `slopes` how its activation rises there, or 0 where what comes out tells.
  */
 typedef struct {
     Work work;
@@ -23,7 +24,7 @@ typedef struct {
     Loss loss;
     size parts[PARTS + 1], outputs, parameters, most;
     float *panels, *partial;
-    size kept[MAX_LAYERS], columns, dfeatures, dz, between[2], sums;
+    size kept[MAX_LAYERS], slopes[MAX_LAYERS], columns, dfeatures, dz, between[2], sums;
 } Gradient;
 
 /* Rows of a matrix, side by side. */
@@ -57,8 +58,11 @@ FAST static void go_gradient(const Work *work, size piece, size begin, size end,
     at.entropy = column += TILE;
     at.dlog_prob = column += TILE;
     Matrix outs[MAX_LAYERS];
-    for (size l = 0; l < parts[PARTS]; l++)
+    float *slopes[MAX_LAYERS];
+    for (size l = 0; l < parts[PARTS]; l++) {
         outs[l] = (Matrix){room + this->kept[l], TILE, layers[l].out, layers[l].out, 1};
+        slopes[l] = this->slopes[l] ? room + this->slopes[l] : NULL;
+    }
     outs[parts[CRITIC] - 1] = (Matrix){at.outputs, TILE, outputs, 1, TILE};
     outs[last - layers] = (Matrix){at.value, TILE, 1, 1, TILE};
     memset(gradients, 0, sizeof(float) * (this->parameters + SUMS));
@@ -66,18 +70,19 @@ FAST static void go_gradient(const Work *work, size piece, size begin, size end,
     for (size first = begin; first < end; first += TILE) {
         size rows = least(TILE, end - first);
         Matrix x = collect(this->x, this->loss.order + first, rows, room);
-        Matrix features = run_forth(layers, parts[POLICY], x, outs), dfeatures = {0};
+        Matrix features = run_forth(layers, parts[POLICY], x, outs, slopes), dfeatures = {0};
         if (parts[POLICY])
             dfeatures = (Matrix){room + this->dfeatures, rows, features.columns, features.columns, 1};
         for (int part = POLICY; part <= CRITIC; part++)
-            run_forth(layers + parts[part], parts[part + 1] - parts[part], features, outs + parts[part]);
+            run_forth(layers + parts[part], parts[part + 1] - parts[part], features, outs + parts[part], slopes + parts[part]);
         lose(&this->loss, &at, outputs, first, rows, gradients, gradients + this->parameters);
         for (int part = POLICY; part <= CRITIC; part++) {
             Matrix dy = {part == POLICY ? at.doutputs : at.dvalue, rows, part == POLICY ? outputs : 1, 1, TILE};
-            run_back(layers + parts[part], parts[part + 1] - parts[part], features, outs + parts[part], dy, dfeatures,
-                     part == CRITIC, gradients, dz, between, room + this->sums);
+            run_back(layers + parts[part], parts[part + 1] - parts[part], features, outs + parts[part],
+                     slopes + parts[part], dy, dfeatures, part == CRITIC, gradients, dz, between, room + this->sums);
         }
-        run_back(layers, parts[POLICY], x, outs, dfeatures, (Matrix){0}, 0, gradients, dz, between, room + this->sums);
+        run_back(layers, parts[POLICY], x, outs, slopes, dfeatures, (Matrix){0}, 0, gradients, dz, between,
+                 room + this->sums);
     }
 }
 

@@ -6,7 +6,7 @@
  */
 
 enum { PANEL = 16, ROWS = 6, TILE = 48 }; /* ROWS x PANEL numbers are summed up in registers */
-enum { IDENTITY, RELU, TANH, ACTIVATIONS };
+enum { IDENTITY, RELU, TANH, ELU, SILU, ACTIVATIONS };
 
 /* Numbers that are not side by side: that of row r and column c is at[r * row + c * column]. */
 typedef struct {
@@ -29,16 +29,24 @@ INLINE vec activate(vec z, int activation)
         return hyperbolic_tangent(z);
     if (activation == RELU)
         return choose(z < spread(0), spread(0), z);
+    if (activation == ELU)
+        return choose(z > spread(0), z, z + above_tangent(z, exponential(z)));
+    if (activation == SILU)
+        return z / (1 + exponential(-z));
     return z;
 }
 
-/* How much of a gradient passes an activation that left y. */
+/* How much of a gradient passes an activation that left y; of SILU, whose slope y does not tell, y is the slope. */
 INLINE vec pass(vec gradient, vec y, int activation)
 {
     if (activation == TANH)
         return gradient * (1 - y * y);
     if (activation == RELU)
         return choose(y > spread(0), gradient, spread(0));
+    if (activation == ELU)
+        return choose(y > spread(0), gradient, gradient * (y + 1));
+    if (activation == SILU)
+        return gradient * y;
     return gradient;
 }
 
@@ -113,6 +121,8 @@ INLINE void block(int rows, int vectors, Matrix a, size depth, const float *pane
 COLUMN(column_identity, IDENTITY)
 COLUMN(column_relu, RELU)
 COLUMN(column_tanh, TANH)
+COLUMN(column_elu, ELU)
+COLUMN(column_silu, SILU)
 
 static size padded(size width) { return (width + PANEL - 1) / PANEL * PANEL; }
 
@@ -128,8 +138,9 @@ static Matrix transposed(Matrix m) { return (Matrix){m.at, m.columns, m.rows, m.
 /* out = activation(a weight + bias), or out + a weight, of panels that `pack` made. */
 FAST static void through(Matrix a, const float *panels, int biased, int activation, int add, Matrix out)
 {
-    void (*column)(Matrix, const float *, size, const float *, int, Matrix, int) =
-        activation == TANH ? column_tanh : activation == RELU ? column_relu : column_identity;
+    static void (*const columns_of[ACTIVATIONS])(Matrix, const float *, size, const float *, int, Matrix, int) = {
+        column_identity, column_relu, column_tanh, column_elu, column_silu};
+    void (*column)(Matrix, const float *, size, const float *, int, Matrix, int) = columns_of[activation];
     size columns = out.columns;
     for (size j = 0; j < columns; j += PANEL) {
         column(a, panels + (biased ? PANEL : 0), PANEL, biased ? panels : NULL, add, out, (int)least(PANEL, columns - j));
@@ -161,7 +172,7 @@ static float *pack(float *to, Matrix from, const float *bias)
 }
 
 /* dz = what of dy passes the activation, [rows, padded], and its sums over rows, added up. */
-FAST static void take_in(Matrix dy, const float *y, int activation, float *dz, float *sums)
+INLINE void take_in_of(Matrix dy, const float *y, int activation, float *dz, float *sums)
 {
     size width = dy.columns, stride = padded(width);
     for (size r = 0; r < dy.rows; r++, dz += stride) {
@@ -169,23 +180,26 @@ FAST static void take_in(Matrix dy, const float *y, int activation, float *dz, f
         size i = 0;
         if (dy.column == 1)
             for (; i + LANE <= width; i += LANE) {
-                vec g = load(from + i);
-                if (activation == TANH)
-                    g = pass(g, load(kept + i), TANH);
-                else if (activation == RELU)
-                    g = pass(g, load(kept + i), RELU);
+                vec g = pass(load(from + i), activation == IDENTITY ? spread(0) : load(kept + i), activation);
                 store(dz + i, g);
                 store(sums + i, load(sums + i) + g);
             }
         for (; i < width; i++) {
-            float g = from[i * dy.column];
-            if (activation == TANH)
-                g *= 1 - kept[i] * kept[i];
-            else if (activation == RELU)
-                g = kept[i] > 0 ? g : 0;
-            dz[i] = g;
-            sums[i] += g;
+            float kept_here = activation == IDENTITY ? 0 : kept[i];
+            dz[i] = pass(spread(from[i * dy.column]), spread(kept_here), activation)[0];
+            sums[i] += dz[i];
         }
+    }
+}
+
+FAST static void take_in(Matrix dy, const float *y, int activation, float *dz, float *sums)
+{
+    switch (activation) {
+    case IDENTITY: take_in_of(dy, y, IDENTITY, dz, sums); break;
+    case RELU: take_in_of(dy, y, RELU, dz, sums); break;
+    case TANH: take_in_of(dy, y, TANH, dz, sums); break;
+    case ELU: take_in_of(dy, y, ELU, dz, sums); break;
+    case SILU: take_in_of(dy, y, SILU, dz, sums); break;
     }
 }
 
@@ -206,13 +220,30 @@ static float *pack_back(Layer *layer, float *to)
 static size forth_numbers(const Layer *layer) { return (layer->in + 1) * padded(layer->out); }
 static size back_numbers(const Layer *layer) { return layer->out * padded(layer->in); }
 
-/* What layers say of a tile, each written to its out. */
-FAST static Matrix run_forth(const Layer *layers, size count, Matrix a, const Matrix *outs)
+/* out = SILU(z), and z becomes its slope there. */
+FAST static void silu_with_slope(Matrix out, float *z)
+{
+    size count = out.rows * out.columns;
+    for (size i = 0; i < count; i += LANE) { /* a whole tile is a multiple of 8, so all of it is room for the tile */
+        vec x = load(z + i), gate = 1 / (1 + exponential(-x));
+        store(out.at + i, x * gate);
+        store(z + i, gate * (1 + x * (1 - gate)));
+    }
+}
+
+/* What layers say of a tile, each written to its out, and where there is room for it the slope of its activation. */
+FAST static Matrix run_forth(const Layer *layers, size count, Matrix a, const Matrix *outs, float *const *slopes)
 {
     for (size l = 0; l < count; l++) {
         Matrix out = outs[l];
         out.rows = a.rows;
-        through(a, layers[l].forth, 1, layers[l].activation, 0, out);
+        if (slopes && slopes[l]) {
+            Matrix z = out;
+            z.at = slopes[l];
+            through(a, layers[l].forth, 1, IDENTITY, 0, z);
+            silu_with_slope(out, slopes[l]);
+        } else
+            through(a, layers[l].forth, 1, layers[l].activation, 0, out);
         a = out;
     }
     return a;
@@ -221,21 +252,21 @@ FAST static Matrix run_forth(const Layer *layers, size count, Matrix a, const Ma
 /* The gradients of layers for that of what came out of the last, dy, added to what stands in `gradients`.
  *
  * a: what went into the first
- * outs: as of `run_forth`; of layers with an activation contiguous
+ * outs, slopes: as of `run_forth`; of layers with an activation contiguous
  * dx: the gradient of a is written there, or added to it; or its at is NULL
  * dz: [TILE, widest, padded], of which what pads it holds numbers
  * between: [TILE, widest] each
  * sums: [widest, padded]
  */
-FAST static void run_back(const Layer *layers, size count, Matrix a, const Matrix *outs, Matrix dy, Matrix dx, int add,
-                           float *gradients, float *dz, float *const between[2], float *sums)
+FAST static void run_back(const Layer *layers, size count, Matrix a, const Matrix *outs, float *const *slopes, Matrix dy,
+                          Matrix dx, int add, float *gradients, float *dz, float *const between[2], float *sums)
 {
     for (size l = count - 1; l >= 0; l--) {
         const Layer *layer = &layers[l];
         float *dweight = gradients + layer->dweight, *dbias = gradients + layer->dbias;
         size stride = padded(layer->out);
         memset(sums, 0, sizeof(float) * stride);
-        take_in(dy, outs[l].at, layer->activation, dz, sums);
+        take_in(dy, slopes[l] ? slopes[l] : outs[l].at, layer->activation, dz, sums);
         for (size i = 0; i < layer->out; i++)
             dbias[i] += sums[i];
         Matrix in = transposed(l ? rows_from(outs[l - 1], 0, a.rows) : a);

@@ -292,6 +292,10 @@ static size lay_out(Gradient *this, const int32_t *edges, size minibatches)
             widest = layer->out;
         this->kept[l] = at;
         at += TILE * layer->out;
+        if (layer->activation == SILU) {
+            this->slopes[l] = at;
+            at += TILE * layer->out;
+        }
         panels += forth_numbers(layer) + back_numbers(layer);
     }
     size features = first ? this->layers[first - 1].out : 0;

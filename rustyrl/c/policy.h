@@ -29,7 +29,7 @@ FAST static void go_forward(const Work *work, size Py_UNUSED(piece), size begin,
         size rows = least(TILE, end - first);
         Matrix outs[MAX_LAYERS];
         place_outs(this, rows, room, rows_from(this->out, first, rows), outs);
-        run_forth(this->layers, this->count, rows_from(this->x, first, rows), outs);
+        run_forth(this->layers, this->count, rows_from(this->x, first, rows), outs, NULL);
     }
 }
 
@@ -122,7 +122,7 @@ FAST static void go_policy(const Work *work, size Py_UNUSED(piece), size begin, 
         if (this->mean)
             x = normalize_rows(this, x, normalized);
         place_outs(forward, rows, between, (Matrix){at.outputs, rows, outputs, 1, TILE}, outs);
-        run_forth(forward->layers, forward->count, x, outs);
+        run_forth(forward->layers, forward->count, x, outs, NULL);
         take_outputs(loss, &at, outputs, order, rows);
         Matrix from = this->noise.at ? this->noise : *action;
         for (size i = 0; i < action->columns; i++)

@@ -67,6 +67,18 @@ INLINE vec exponential(vec x)
     return choose(x < spread(-87.3f), spread(0), p);
 }
 
+/* exp(x) - 1 - x, with all digits where x is small. */
+INLINE vec above_tangent(vec x, vec exponential_of)
+{
+    vec p = x * 2.48015873e-5f + 1.98412698e-4f;
+    p = p * x + 1.38888889e-3f;
+    p = p * x + 8.33333333e-3f;
+    p = p * x + 4.16666667e-2f;
+    p = p * x + 1.66666667e-1f;
+    p = p * x + 0.5f;
+    return choose(positive(x) < spread(0.5f), p * x * x, exponential_of - 1 - x);
+}
+
 /* Natural logarithm of normal positive numbers (Cephes), within two roundings. */
 INLINE vec logarithm(vec x)
 {
