@@ -51,6 +51,7 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     device: Annotated[Literal["auto", "cpu", "cuda"], _help("where the learner computes")] = "auto"
     threads: Annotated[int, _help("threads of the learner on the CPU; 0 lets it choose", ge=0)] = 0
     cuda_graphs: Annotated[bool, _help("on a GPU, whether epochs are captured once and replayed")] = True
+    tf32: Annotated[bool, _help("on a GPU, whether products of matrices may round what goes in to TF32")] = False
     checkpoint_every: Annotated[int, _help("updates between checkpoints", ge=1)] = 100
     checkpoint_every_s: Annotated[float, _help("seconds until one is due in any case", gt=0)] = 5.0
     checkpoints_kept: Annotated[int, _help("how many of the newest checkpoints stay", ge=1)] = 3

@@ -70,6 +70,7 @@ RULES: dict[str, Rule] = {
     "run.device": ROUNDING,
     "run.threads": ROUNDING,
     "run.cuda_graphs": ROUNDING,
+    "run.tf32": ROUNDING,
     "run.checkpoint_every": HONOURED,
     "run.checkpoint_every_s": HONOURED,
     "run.checkpoints_kept": HONOURED,

@@ -60,7 +60,7 @@ class Study:
         training, ppo, version = self.training, self.config.ppo, self._version
         self.fleet.load(decode_weights(training.weights()), version)
         rollout = self.fleet.answer(Ticket(version, version, self._worlds), Stages()).rollout
-        buffer = BatchBuffer(version, self.spec, self.config.batch.unroll_length, len(self._worlds), pin=False)
+        buffer = BatchBuffer(version, self.spec, self.config.batch.unroll_length, len(self._worlds))
         buffer.place(rollout)
         batch, episodes = buffer.to_device(CPU), buffer.episodes()
         figures: dict[str, float] = {}

@@ -751,7 +751,7 @@ def test_a_choice_that_the_mask_forbids_is_refused(kind: Kind) -> None:
 @EVERY
 def test_a_batch_joins_parts_and_masks_into_the_columns_of_their_worlds(kind: Kind) -> None:
     spec, owners = kind.spec, [(2, 0), (1,)]
-    buffer = BatchBuffer(0, spec, STEPS, 3, pin=False)
+    buffer = BatchBuffer(0, spec, STEPS, 3)
     rollouts = [received(recorded(kind, worlds)) for worlds in owners]
     for rollout in rollouts:
         buffer.place(rollout)
@@ -773,7 +773,7 @@ def test_a_batch_joins_parts_and_masks_into_the_columns_of_their_worlds(kind: Ki
 @EVERY
 def test_the_learner_finds_the_log_prob_of_a_batch_that_its_actors_found(kind: Kind) -> None:
     """Stops 2 to 8 in one line: what the first ratio of an update is 1 by."""
-    buffer = BatchBuffer(0, kind.spec, STEPS, 3, pin=False)
+    buffer = BatchBuffer(0, kind.spec, STEPS, 3)
     for worlds in ((1,), (2, 0)):
         buffer.place(received(recorded(kind, worlds)))
     network, normalizer = network_of(kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import fields
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -131,7 +132,7 @@ def write_numbers(rollout: Rollout, here: slice, rng: np.random.Generator) -> No
 
 
 def buffer_of(spec: EnvironmentSpec = SPEC) -> BatchBuffer:
-    buffer = BatchBuffer(0, spec, STEPS, WORLDS, pin=False)
+    buffer = BatchBuffer(0, spec, STEPS, WORLDS)
     for array in buffer._arrays.values():
         array.view(torch.uint8)[...] = 0xCB if array.dtype != torch.bool else 1  # what is not placed shows
     return buffer
@@ -377,3 +378,36 @@ def test_preparing_the_update_changes_neither_batch_nor_statistics() -> None:
     assert_same_batch(buffer.to_device(CPU), before)
     assert torch.equal(normalizer.statistics.mean, normalizer_of().statistics.mean)
     assert normalizer.statistics.count == 100
+
+
+class Copies:
+    """What `CopyStream` does, in this machine's memory, where a copy is seen by who has waited for it alone."""
+
+    def room(self, arrays: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: torch.empty_like(array) for name, array in arrays.items()}
+
+    def copy(self, arrays: dict[str, torch.Tensor], room: dict[str, torch.Tensor]) -> list[Any]:
+        return [(room[name], array.clone()) for name, array in arrays.items()]
+
+    def wait(self, copied: list[Any]) -> None:
+        for room, array in copied:
+            room.copy_(array)
+
+
+def test_a_batch_goes_to_the_device_when_it_is_complete_and_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    rollouts = [rollout_of((0, 1)), rollout_of((2, 3))]
+    expected = filled(rollouts).to_device(CPU)
+    monkeypatch.setattr(BatchBuffer, "_empty", lambda _, shape, dtype: torch.empty(shape, dtype=dtype))
+    buffer = BatchBuffer(0, SPEC, STEPS, WORLDS, Copies())  # type: ignore[arg-type]
+    for number in range(2):  # the memory is used again for another batch
+        buffer.begin(number)
+        for rollout in rollouts:
+            buffer.place(rollout)
+        buffer.complete()
+        for array in buffer._arrays.values():
+            array.zero_()  # what comes after the copy is another batch's
+        batch = buffer.to_device(CPU)
+        assert_same_batch(batch, expected)
+        assert batch.reward.data_ptr() == buffer._room["reward"].data_ptr()
+        for array in buffer._room.values():
+            array.zero_()

@@ -130,7 +130,7 @@ class Peer:
 @pytest.fixture
 def collector(tmp_path) -> Iterator[tuple[Collector, RolloutReceiver]]:
     receiver = RolloutReceiver(f"ipc://{tmp_path}/link")
-    collector = Collector(receiver, SPEC, CONFIG, 0, 1, 0, WEIGHTS, pin=False)
+    collector = Collector(receiver, SPEC, CONFIG, 0, 1, 0, WEIGHTS)
     collector.start()
     yield collector, receiver
     tickets = collector.close()["tickets"]
@@ -356,7 +356,7 @@ def test_another_wire_version_is_refused_with_what_to_do(collector):
 
 def test_a_death_before_hello_does_not_keep_the_first_batch_waiting(tmp_path):
     receiver = RolloutReceiver(f"ipc://{tmp_path}/link")
-    thread = Collector(receiver, SPEC, CONFIG, 0, 2, 0, WEIGHTS, pin=False)
+    thread = Collector(receiver, SPEC, CONFIG, 0, 2, 0, WEIGHTS)
     thread.start()
     peer = Peer(receiver.address, 0, 1)
     with peer.link:
@@ -390,7 +390,7 @@ def patient(tmp_path, clock) -> Iterator[tuple[Collector, RolloutReceiver]]:
     """A lease of 30 s, that is over when the test says so."""
     config = replace(CONFIG, cluster=replace(CONFIG.cluster, lease_s=30.0))
     receiver = RolloutReceiver(f"ipc://{tmp_path}/link")
-    collector = Collector(receiver, SPEC, config, 0, 1, 0, WEIGHTS, pin=False)
+    collector = Collector(receiver, SPEC, config, 0, 1, 0, WEIGHTS)
     collector.start()
     yield collector, receiver
     collector.close()
@@ -641,7 +641,7 @@ def test_the_only_actor_is_not_relieved(collector):
 @pytest.mark.parametrize("goodbye", [True, False])
 def test_actors_are_told_that_the_run_is_over_unless_another_learner_follows(tmp_path, goodbye):
     receiver = RolloutReceiver(f"ipc://{tmp_path}/link")
-    thread = Collector(receiver, SPEC, CONFIG, 0, 2, 0, WEIGHTS, pin=False)
+    thread = Collector(receiver, SPEC, CONFIG, 0, 2, 0, WEIGHTS)
     thread.start()
     peer = Peer(receiver.address, 0, 1)
     with peer.link:
@@ -715,7 +715,7 @@ def test_a_world_without_a_state_is_not_waited_for(collector):
 
 def test_the_worlds_of_an_actor_that_dies_are_not_waited_for(tmp_path):
     receiver = RolloutReceiver(f"ipc://{tmp_path}/link")
-    thread = Collector(receiver, SPEC, CONFIG, 0, 2, 0, WEIGHTS, pin=False)
+    thread = Collector(receiver, SPEC, CONFIG, 0, 2, 0, WEIGHTS)
     thread.start()
     with one_batch(thread, receiver, actors=2) as (first, second):
         gathering = thread.gather(1)
@@ -758,7 +758,7 @@ def test_when_the_receive_thread_breaks_nobody_waits_for_copies(patient, monkeyp
 def test_worlds_of_a_checkpoint_come_ahead_of_the_first_ticket_that_names_them(tmp_path):
     receiver = RolloutReceiver(f"ipc://{tmp_path}/link")
     worlds = {1: kept(1, 7), 5: kept(5, 7)}  # the run has two worlds now
-    thread = Collector(receiver, SPEC, CONFIG, 0, 1, 7, WEIGHTS, pin=False, worlds=worlds)
+    thread = Collector(receiver, SPEC, CONFIG, 0, 1, 7, WEIGHTS, worlds=worlds)
     thread.start()
     peer = Peer(receiver.address, 0, 1)
     with peer.link:
@@ -780,7 +780,7 @@ def test_more_worlds_than_a_queue_has_room_for_all_come_and_then_the_ticket(tmp_
     config = replace(CONFIG, batch=replace(CONFIG.batch, worlds=count, unroll_length=1))
     receiver = RolloutReceiver(f"ipc://{tmp_path}/link")
     worlds = {world: kept(world, 7, 1000) for world in range(count)}
-    thread = Collector(receiver, SPEC, config, 0, 1, 7, WEIGHTS, pin=False, worlds=worlds)
+    thread = Collector(receiver, SPEC, config, 0, 1, 7, WEIGHTS, worlds=worlds)
     thread.start()
     peer = Peer(receiver.address, 0, 1)
     with peer.link:

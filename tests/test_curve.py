@@ -302,7 +302,7 @@ def test_a_name_that_another_key_takes_over_is_lost_to_both(ring, tmp_path):
     """Names are random and told to nobody, so that only who has seen the learner's memory can try."""
     thief_key = read_actor_key(ring.add("thief"))
     receiver = RolloutReceiver("tcp://127.0.0.1:*", ring)
-    thread = Collector(receiver, SPEC, CONFIG, 0, 1, 0, WEIGHTS, pin=False)
+    thread = Collector(receiver, SPEC, CONFIG, 0, 1, 0, WEIGHTS)
     thread.start()
     try:
         with RolloutSender(receiver.address, first_key(ring)) as actor, zmq.Context() as context:

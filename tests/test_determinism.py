@@ -47,7 +47,7 @@ def first_batch(config: Config, spec: EnvironmentSpec, actors: int, tmp_path: Pa
 
     receiver = RolloutReceiver(f"ipc://{tmp_path}/link{actors}")
     weights = training_of(config, spec).weights()
-    collector = Collector(receiver, spec, config, 0, actors, 0, weights, pin=False)
+    collector = Collector(receiver, spec, config, 0, actors, 0, weights)
     collector.start()
     command = [sys.executable, "-m", "rustyrl_actors", "run", "--join", receiver.address]
     processes = [

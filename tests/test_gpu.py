@@ -44,3 +44,21 @@ def test_forward_on_cuda_equals_numpy():
         ours = Policy(export_weights(network, None), 128).forward({"main": observation})
         theirs = network.policy(torch.from_numpy(observation).cuda()).detach().cpu().numpy()
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_copy_beside_other_work_is_there_for_who_waits_for_it():
+    from rustyrl_learner.device import CopyStream
+
+    device = torch.device("cuda")
+    copies = CopyStream(device)
+    arrays = {"a": torch.rand(4096, 256).pin_memory(), "b": (torch.rand(1000) < 0.5).pin_memory()}
+    room = copies.room(arrays)
+    busy = torch.rand(4096, 4096, device=device)
+    for _ in range(20):
+        for array in arrays.values():
+            array.copy_(torch.rand(array.shape) < 0.5)
+        for _ in range(10):
+            busy = busy @ busy / 4096
+        copies.wait(copies.copy(arrays, room))
+        for name, array in arrays.items():
+            assert torch.equal(room[name].clone().cpu(), array)

@@ -18,7 +18,7 @@ from rustyrl_learner.owing import MOST_PEERS, Owing
 def begin(tmp_path, *, expect: int = 1, incarnation: int = 0) -> tuple[Collector, RolloutReceiver]:
     config = msgspec.structs.replace(CONFIG, cluster=msgspec.structs.replace(CONFIG.cluster, lease_s=3.0))
     receiver = RolloutReceiver(f"ipc://{tmp_path}/link", largest_bytes=1 << 21)
-    collector = Collector(receiver, SPEC, config, incarnation, expect, 0, WEIGHTS, pin=False)
+    collector = Collector(receiver, SPEC, config, incarnation, expect, 0, WEIGHTS)
     collector.start()
     return collector, receiver
 

@@ -98,7 +98,7 @@ def test_what_steers_a_terminal_is_not_shown():
 @pytest.fixture
 def collector(tmp_path):
     receiver = RolloutReceiver(f"ipc://{tmp_path}/link", largest_bytes=1 << 21)
-    collector = Collector(receiver, SPEC, CONFIG, 0, 1, 0, WEIGHTS, pin=False)
+    collector = Collector(receiver, SPEC, CONFIG, 0, 1, 0, WEIGHTS)
     collector.start()
     yield collector, receiver
     collector.close()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rustyrl.rollout import EpisodeRows, Rollout
 from rustyrl.spec import EnvironmentSpec
+from rustyrl_learner.device import CopyStream
 
 __all__ = ["Batch", "BatchBuffer"]
 
@@ -59,18 +60,21 @@ class _Answer:
 class BatchBuffer:
     """Host memory for one batch, filled by the receive thread while another batch is trained on.
 
-    Pinned when the learner computes on CUDA, so that `to_device` can copy asynchronously.
+    Where the learner computes on CUDA it is pinned, with memory there beside it, to which a stream of its own copies
+    the batch as soon as it is complete.
     """
 
     number: int
     spec: EnvironmentSpec
     unroll_length: int
     worlds: int
-    pin: bool
+    copies: CopyStream | None = None
     answers: list[_Answer] = field(default_factory=list)
     receive_s: dict[str, float] = field(default_factory=dict)  # what the receive thread spent, by stage
     policy_version: int = 0  # that collected it
     _arrays: dict[str, Tensor] = field(init=False)
+    _room: dict[str, Tensor] = field(init=False)  # on the GPU
+    _copied: torch.cuda.Event | None = None
 
     def __post_init__(self) -> None:
         steps, slots = self.unroll_length, self.worlds * self.spec.slots
@@ -85,11 +89,18 @@ class BatchBuffer:
         }
         if self.spec.mask_width:
             self._arrays["action_mask"] = self._empty((steps, slots, self.spec.mask_width), torch.bool)
+        self._room = {} if self.copies is None else self.copies.room(self._arrays)
 
     def begin(self, number: int) -> None:
         """Use the memory for another batch."""
         self.number = number
         self.answers = []
+        self._copied = None
+
+    def complete(self) -> None:
+        """All of it has come: begin to copy it, while another batch is trained on."""
+        if self.copies is not None:
+            self._copied = self.copies.copy(self._arrays, self._room)
 
     def place(self, rollout: Rollout) -> None:
         """Copy an admitted rollout into the columns of its worlds."""
@@ -135,7 +146,11 @@ class BatchBuffer:
 
     def to_device(self, device: torch.device) -> Batch:
         """The complete batch as tensors on the device (stop 6 of the straight line)."""
-        on_device = {name: array.to(device, non_blocking=True) for name, array in self._arrays.items()}
+        if self.copies is not None and self._copied is not None:
+            self.copies.wait(self._copied)
+            on_device = dict(self._room)
+        else:
+            on_device = {name: array.to(device) for name, array in self._arrays.items()}
         answers = sorted(self.answers, key=lambda answer: answer.first_world)
         index = [
             np.stack([answer.final_index[:, 0], answer.columns[answer.final_index[:, 1]]], axis=1) for answer in answers
@@ -189,4 +204,4 @@ class BatchBuffer:
             start += part.shape[2]
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, pin_memory=self.pin)
+        return torch.empty(shape, dtype=dtype, pin_memory=self.copies is not None)

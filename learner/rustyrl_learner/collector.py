@@ -37,6 +37,7 @@ from rustyrl.wire import (
     decode_rollout,
 )
 from rustyrl_learner.batch import BatchBuffer
+from rustyrl_learner.device import CopyStream
 from rustyrl_learner.gathering import Gathering, KeptWorld
 from rustyrl_learner.ingest import admit
 from rustyrl_learner.outbox import Outbox
@@ -69,7 +70,7 @@ class Collector:
         first_version: int,
         weights: bytes,
         *,
-        pin: bool,
+        copies: CopyStream | None = None,
         worlds: Mapping[int, KeptWorld] | None = None,
     ) -> None:
         """Take up the learner's end.
@@ -82,7 +83,7 @@ class Collector:
             expect: actors that the first batch waits for.
             first_version: of the policy that it begins with.
             weights: that policy.
-            pin: whether batches are collected in memory that a GPU can read from.
+            copies: takes batches to a GPU as soon as they are complete.
             worlds: of a checkpoint, given to their owners ahead of the first ticket.
         """
         self._receiver = receiver
@@ -107,7 +108,7 @@ class Collector:
         self._done: set[int] = set()
         self._next_batch = first_version
         self._free = [
-            BatchBuffer(0, spec, config.batch.unroll_length, config.batch.worlds, pin)
+            BatchBuffer(0, spec, config.batch.unroll_length, config.batch.worlds, copies)
             for _ in range(config.batch.max_policy_lag + 1)
         ]
         self._complete: queue.Queue[BatchBuffer | BaseException] = queue.Queue()
@@ -316,6 +317,8 @@ class Collector:
         while self._next_batch in self._done:  # in order, whichever was complete first
             self._done.remove(self._next_batch)
             complete = self._filling.pop(self._next_batch)
+            with self._stages("place"):
+                complete.complete()
             complete.receive_s = self._stages.take()
             self._complete.put(complete)
             self._next_batch += 1

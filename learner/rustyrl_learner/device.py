@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rustyrl.errors import UsageError
 from rustyrl.perceptron import MAX_THREADS, encode_activations
 from rustyrl.processes import available_cores
 
-__all__ = ["Threads", "choose_device", "gpu_figures", "share_threads"]
+__all__ = ["CopyStream", "Threads", "choose_device", "gpu_figures", "share_threads"]
 
 
 def choose_device(name: str) -> torch.device:
@@ -42,6 +43,33 @@ def gpu_figures(device: torch.device) -> dict[str, Any] | None:
     with contextlib.suppress(Exception):  # needs nvidia-ml-py and a driver that answers
         figures["busy_percent"] = torch.cuda.utilization(device)
     return figures
+
+
+class CopyStream:
+    """Copies from pinned memory to a GPU beside what is computed there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def room(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Memory on the GPU for arrays of these names, shapes and dtypes."""
+        made = {name: torch.empty_like(array, device=self._device) for name, array in arrays.items()}
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))  # which may still read who had it before
+        return made
+
+    def copy(self, arrays: Mapping[str, Tensor], room: Mapping[str, Tensor]) -> torch.cuda.Event:
+        """Begin to copy pinned arrays; what `wait` takes."""
+        with torch.cuda.stream(self._stream):
+            for name, array in arrays.items():
+                room[name].copy_(array, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record(self._stream)
+        return copied
+
+    def wait(self, copied: torch.cuda.Event) -> None:
+        """Have what this thread computes from now on wait for a copy."""
+        torch.cuda.current_stream(self._device).wait_event(copied)
 
 
 @dataclass(frozen=True, slots=True)

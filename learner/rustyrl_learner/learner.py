@@ -38,7 +38,7 @@ from rustyrl_learner.checkpoint import EPISODES, Counters
 from rustyrl_learner.checkpoint_keeper import CheckpointKeeper, describe_resume
 from rustyrl_learner.checkpoint_writer import CheckpointWriter, Written
 from rustyrl_learner.collector import Collector
-from rustyrl_learner.device import choose_device, gpu_figures
+from rustyrl_learner.device import CopyStream, choose_device, gpu_figures
 from rustyrl_learner.diagnosis import Diagnosis, explain_not_finite
 from rustyrl_learner.gathering import KeptWorld
 from rustyrl_learner.ppo import Losses, ppo_update
@@ -131,7 +131,7 @@ class Learner:
             expect,
             self._counters.policy_version,
             self._training.weights(),
-            pin=self._device.type == "cuda",
+            copies=CopyStream(self._device) if self._device.type == "cuda" else None,
             worlds=worlds,
         )
         self._started = time.monotonic() - self._counters.seconds

@@ -37,6 +37,8 @@ class Training:
         if device.type == "cpu":
             activations = [*[policy.activation] * len(policy.hidden), "identity"]
             threads = share_threads(config.run.threads, shared=shared, activations=activations)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high" if config.run.tf32 else "highest")
         network = ActorCritic(
             policy,
             shared=shared,
