@@ -115,18 +115,18 @@ def test_training_goes_on_however_often_its_processes_are_killed(start, actor_de
     "stuck", [{"spin": "in spin_for_ever"}, pytest.param({"sleep": "in do\n", "spin": "in spin_for_ever"}, marks=LONG)]
 )
 def test_a_world_that_is_stuck_is_found_explained_and_replaced_but_a_slow_one_is_left_alone(start, deeds, stuck):
-    (deeds / "slow-1200@w3").touch()  # each step takes longer than half a lease
-    cluster = start(*TWO, "--set", f"env.deeds={deeds}", "--set", "cluster.lease_s=2", "--set", "batch.unroll_length=3")
+    (deeds / "slow-1600@w3").touch()  # each step takes longer than half a lease
+    cluster = start(*TWO, "--set", f"env.deeds={deeds}", "--set", "cluster.lease_s=3", "--set", "batch.unroll_length=3")
     status = await_status(cluster, both, "both actors")
     assert [actor["restarts"] for actor in status["actors"]] == [0, 0]
-    (deeds / "slow-1200@w3").unlink()
+    (deeds / "slow-1600@w3").unlink()
     for restarts, (deed, frame) in enumerate(stuck.items(), 1):
         (deeds / deed).touch()
         poll(lambda restarts=restarts: len(records(cluster)) == restarts, "a record")
         status = await_status(cluster, both, "both to contribute")
         assert sum(actor["restarts"] for actor in status["actors"]) == restarts
         text = newest_record(cluster)
-        assert "was killed: it had given no sign of life for 2 s" in text
+        assert "was killed: it had given no sign of life for 3 s" in text
         found = re.search(
             r"world (\d) was in env step (\d) of the unroll for batch \d+\nits seed: \(1, (\d), \d+\)", text
         )
@@ -137,7 +137,7 @@ def test_a_world_that_is_stuck_is_found_explained_and_replaced_but_a_slow_one_is
         assert frame in text  # the stack, to where it stands
     await_more(cluster, 3)
     _, err = end(cluster)
-    assert "was killed: it had given no sign of life for 2 s" in err
+    assert "was killed: it had given no sign of life for 3 s" in err
     assert len(records(cluster)) == len(stuck)
 
 

@@ -77,17 +77,26 @@ static void take_lock(void)
     pthread_mutex_lock(&pool.lock);
 }
 
-/* With the lock before and after: until somebody is wanted. */
+/* Without the lock: whether somebody was wanted, or nothing more follows, before patience ended. */
+static int look_out(void)
+{
+    for (int i = 0; i < PATIENCE; i++, relax())
+        if (read_size(&pool.wanted) || !read_size(&pool.soon))
+            return 1;
+    return 0;
+}
+
+/* With the lock before and after: until somebody is wanted. Who comes second looks out again. */
 static void await_work(void)
 {
     while (!pool.wanted) {
+        int changed = 0;
         if (read_size(&pool.soon)) {
             pthread_mutex_unlock(&pool.lock);
-            for (int i = 0; i < PATIENCE && !read_size(&pool.wanted) && read_size(&pool.soon); i++)
-                relax();
+            changed = look_out();
             take_lock();
         }
-        if (!pool.wanted)
+        if (!changed && !pool.wanted)
             pthread_cond_wait(&pool.wake, &pool.lock);
     }
 }
