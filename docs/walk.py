@@ -71,7 +71,7 @@ def main() -> None:
     listed = msgspec.msgpack.decode(message.arrays)
     print(f"5 admit     {len(listed)} arrays checked, ticket {received.origin.ticket.batch} answered")
 
-    buffer = BatchBuffer(0, spec, LENGTH, len(WORLDS), pin=False)
+    buffer = BatchBuffer(0, spec, LENGTH, len(WORLDS))
     buffer.place(received)
     batch = buffer.to_device(torch.device("cpu"))
     print(f"6 batch     observation {tuple(batch.observation.shape)}, reward {tuple(batch.reward.shape)}")
