@@ -82,8 +82,10 @@ class Training:
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor by name; not copies."""
-        tensors: dict[str, Tensor] = {f"network.{name}": t for name, t in self.network.state_dict().items()}
-        tensors |= self.optimizer.tensors()
+        return {f"network.{name}": t for name, t in self.network.state_dict().items()} | self._beside_network()
+
+    def _beside_network(self) -> dict[str, Tensor]:
+        tensors = self.optimizer.tensors()
         tensors["shuffle"] = self.shuffle.get_state()
         if self.normalizer is not None:
             tensors |= self.normalizer.statistics.tensors("normalizer")
@@ -97,6 +99,9 @@ class Training:
         """Put back what `state` gave; raises `RuntimeError` if the networks are others."""
         network = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
         self.network.load_state_dict(network)
+        self._set_beside_network(tensors)
+
+    def _set_beside_network(self, tensors: dict[str, Tensor]) -> None:
         self.optimizer.set_tensors(tensors)
         self.shuffle.set_state(tensors["shuffle"])
         if self.normalizer is not None and "normalizer.mean" in tensors:
@@ -136,9 +141,11 @@ class Training:
     @contextmanager
     def whole_or_undone(self) -> Iterator[None]:
         """Put everything back as it was if the block is left by an exception."""
-        before = {name: tensor.clone() for name, tensor in self.state().items()}
+        parameters = self.network.flat()[0].tensor  # of which all of the network's are views
+        copied, before = parameters.clone(), {name: tensor.clone() for name, tensor in self._beside_network().items()}
         try:
             yield
         except BaseException:
-            self.set_state(before)
+            parameters.copy_(copied)
+            self._set_beside_network(before)
             raise
