@@ -50,7 +50,7 @@ def run(seed: int, arguments: list[str]) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         target = ["--seed", str(seed), "--json", "--run", f"{folder}/run"]
         started = time.perf_counter()
-        command = [sys.executable, "-c", "from rustyrl.cli import main; main()", "train", "drone", *target, *arguments]
+        command = [sys.executable, "-c", "from rustyrl.main import main; main()", "train", "drone", *target, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         wall_s = time.perf_counter() - started
     if done.returncode:

@@ -37,8 +37,7 @@ __all__ = [
 
 WRITE_POLL_MS = 500  # how often a send that waits looks whether the learner said goodbye
 CUT = "inproc://cut"  # within the learner's context
-RECONNECT_MS = 100
-RECONNECT_MAX_MS = 500
+RECONNECT_MS = {"ipc": (10, 50), "tcp": (100, 500)}  # between two tries, at first and at most
 CONNECT_MS = 1000  # for one try: a packet that is lost on the way to a network that comes back is sent again after 1 s
 REFUSED_S = 60.0  # how long who was in before tries again: its key may be barred for what another with it did
 AGAIN_S = 1.0  # between two such tries
@@ -236,8 +235,9 @@ class RolloutSender(Sockets):
             poller.register(self._events, zmq.POLLIN)
         self._dealer.setsockopt(zmq.IDENTITY, self._identity)
         self._dealer.setsockopt(zmq.IMMEDIATE, 1)
-        self._dealer.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
-        self._dealer.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+        first_ms, most_ms = RECONNECT_MS[self._address.partition("://")[0]]
+        self._dealer.setsockopt(zmq.RECONNECT_IVL, first_ms)
+        self._dealer.setsockopt(zmq.RECONNECT_IVL_MAX, most_ms)
         self._dealer.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_MS)
         self._dealer.connect(self._address)
 

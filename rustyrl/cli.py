@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -19,12 +20,13 @@ from rustyrl.config import Layer, build_config, parse_assignments, read_config
 from rustyrl.doctor import examine
 from rustyrl.errors import RunFailedError, UsageError
 from rustyrl.keys import read_actor_key
-from rustyrl.launch import launch, spare_learner
+from rustyrl.launch import launch
 from rustyrl.new import new_project
-from rustyrl.processes import actor_environment
+from rustyrl.processes import actor_environment, spare_learner
 from rustyrl.progress import make_progress
 from rustyrl.resume import resume_config
 from rustyrl.run_folder import find_run
+from rustyrl.spare import Spare
 
 __all__ = ["main"]
 
@@ -74,6 +76,7 @@ Examples:
 
 @app.command(epilog=TRAIN_EXAMPLES)
 def train(
+    context: typer.Context,
     env: EnvArgument = None,
     env_option: EnvOption = None,
     actors: Annotated[int | None, typer.Option(help="Actor processes to start.")] = None,
@@ -103,11 +106,12 @@ def train(
         batch={"max_policy_lag": max_policy_lag},
         cluster={"actors": actors, "listen": listen, "insecure": insecure or None},
     )
-    _train(run, config, assignments, flags, resume=resume, json=json, profile=profile)
+    _train(run, config, assignments, flags, context.obj, resume=resume, json=json, profile=profile)
 
 
 @app.command(epilog="Example:\n\n  rustyrl learner drone --listen tcp://127.0.0.1:5555 --expect 2")
 def learner(
+    context: typer.Context,
     env: EnvArgument = None,
     env_option: EnvOption = None,
     listen: Annotated[
@@ -134,7 +138,7 @@ def learner(
         batch={"max_policy_lag": max_policy_lag},
         cluster={"actors": 0, "expect": expect, "listen": listen, "insecure": insecure or None},
     )
-    _train(run, config, assignments, flags, resume=resume, json=json)
+    _train(run, config, assignments, flags, context.obj, resume=resume, json=json)
 
 
 @app.command(
@@ -288,10 +292,14 @@ def doctor(json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def main() -> NoReturn:
-    """Run the command line; the exit codes are in the README."""
+def main(spare: Spare | None = None) -> NoReturn:
+    """Run the command line; the exit codes are in the README.
+
+    Args:
+        spare: is becoming a learner.
+    """
     try:
-        app(standalone_mode=True)
+        app(standalone_mode=True, obj=spare)
     except (UsageError, RunFailedError) as error:
         Console(emoji=False, stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
@@ -305,6 +313,7 @@ def _train(
     config: Path | None,
     assignments: list[str] | None,
     flags: Layer,
+    spare: Spare | None,
     *,
     resume: bool,
     json: bool,
@@ -318,10 +327,10 @@ def _train(
     if config is not None:
         layers.append(read_config(config))
     layers += [parse_assignments(assignments or []), flags]
-    with spare_learner() as spare:
+    with spare_learner() if spare is None else nullcontext(spare) as becoming:
         resolved, spec = describe.configure(*layers)
         progress = make_progress(to_stderr=json)
-        summary = launch(resolved, spec, run, resume=resume, progress=progress, profile=profile, spare=spare)
+        summary = launch(resolved, spec, run, resume=resume, progress=progress, profile=profile, spare=becoming)
     if json:
         print_json(summary)
     else:

@@ -59,6 +59,13 @@ class Judge:
         running = [] if self._running is None else [self._running[0].version]
         return running + [candidate.version for candidate in self._waiting]
 
+    @property
+    def descriptors(self) -> list[int]:
+        """What becomes readable when an evaluation ends."""
+        running = [] if self._running is None else [self._running[1]]
+        running += [] if self._last is None else [self._last]
+        return [child.descriptor for child in running if child.descriptor >= 0 and child.running]
+
     def add(self, candidate: Candidate) -> None:
         """Queue a version; versions come in update order."""
         self._waiting.append(candidate)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from rustyrl.errors import RunFailedError, UsageError
 from rustyrl.figures import known_figures
 from rustyrl.interrupts import Interrupts
 from rustyrl.launcher import Launcher
-from rustyrl.processes import learner_environment
+from rustyrl.processes import spare_learner
 from rustyrl.profiler import find_py_spy
 from rustyrl.progress import Progress, make_progress
 from rustyrl.resume import check_resume
@@ -28,7 +25,7 @@ from rustyrl.spec import EnvironmentSpec
 from rustyrl.weights import check_squashable
 from rustyrl.wire import MAX_BLOB_BYTES
 
-__all__ = ["launch", "spare_learner", "train"]
+__all__ = ["launch", "train"]
 
 
 def train(
@@ -94,22 +91,6 @@ def launch(
             raise
         except RunFailedError as error:
             raise RunFailedError(f"{error}\nlogs are in {folder.path / 'logs'}") from None
-
-
-@contextmanager
-def spare_learner() -> Iterator[Spare | None]:
-    """A process that imports torch while the world is being described; None if it cannot be had.
-
-    The two together are the most of what a run takes before it trains.
-    """
-    spare = None
-    with contextlib.suppress(OSError):
-        spare = Spare("rustyrl_learner", learner_environment())
-    try:
-        yield spare
-    finally:
-        if spare is not None:
-            spare.close()
 
 
 def _write_inputs(folder: RunFolder, config: Config, spec: EnvironmentSpec) -> None:

@@ -195,7 +195,7 @@ class Launcher:
         """One turn of the loop: hear, watch, judge, scale, look at the limits, show."""
         watched = [child for child in self._children() if not child.ended_seen]
         descriptors = [child.descriptor for child in watched if child.descriptor >= 0]
-        for peer, message in self._control.receive(TURN_S, descriptors):
+        for peer, message in self._control.receive(TURN_S, descriptors + self._judge.descriptors):
             self._hear(peer, message)
         self._watch_actors()
         self._watch_learner()
@@ -515,7 +515,7 @@ class Launcher:
         seen, stopped = self._interrupts.count, self._stop_asked
 
         def meanwhile() -> bool:
-            for peer, message in self._control.receive(TURN_S, []):
+            for peer, message in self._control.receive(TURN_S, self._judge.descriptors):
                 self._hear(peer, message)
             self._show()
             return self._interrupts.count > seen or self._stop_asked > stopped

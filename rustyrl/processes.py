@@ -9,14 +9,17 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-from rustyrl.black_box import BlackBox
 from rustyrl.errors import RunFailedError, UsageError
 from rustyrl.spare import Spare
+
+if TYPE_CHECKING:
+    from rustyrl.black_box import BlackBox  # numpy: whoever starts the first process has no time for it
 
 __all__ = [
     "Child",
@@ -25,6 +28,7 @@ __all__ = [
     "available_cores",
     "await_end",
     "learner_environment",
+    "spare_learner",
     "start_child",
 ]
 
@@ -215,6 +219,22 @@ def await_end(children: list[Child], deadline: float) -> list[Child]:
     while (left := [child for child in children if child.running]) and time.monotonic() < deadline:
         time.sleep(0.01)
     return left
+
+
+@contextmanager
+def spare_learner() -> Iterator[Spare | None]:
+    """A process that imports torch while other things are done; None if it cannot be had.
+
+    Nothing else takes so long before a run trains.
+    """
+    spare = None
+    with contextlib.suppress(OSError):
+        spare = Spare("rustyrl_learner", learner_environment())
+    try:
+        yield spare
+    finally:
+        if spare is not None:
+            spare.close()
 
 
 def learner_environment() -> dict[str, str]:

@@ -12,8 +12,9 @@ from pathlib import Path
 from rustyrl.config import build_config, read_config
 from rustyrl.describe import describe
 from rustyrl.errors import RunFailedError, UsageError
-from rustyrl.launch import launch, spare_learner
+from rustyrl.launch import launch
 from rustyrl.parent import die_with_parent
+from rustyrl.processes import spare_learner
 from rustyrl.progress import make_progress
 
 __all__ = ["main"]

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from rustyrl.describe import env_arguments
+from rustyrl.main import main
 from rustyrl.processes import actor_environment, start_child
 from rustyrl.spare import Spare
 from rustyrl.spec import read_spec
@@ -118,3 +119,54 @@ def test_a_run_uses_it_and_leaves_none(tmp_path: Path) -> None:
     assert "Traceback" not in log
     left = [p for p in psutil.process_iter(["cmdline"]) if str(run) in " ".join(p.info["cmdline"] or [])]
     assert left == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "early"),
+    [
+        (["train", "cartpole"], True),
+        (["learner"], True),
+        (["train", "--help"], False),
+        (["status", "train"], False),
+        ([], False),
+    ],
+)
+def test_the_command_line_has_a_learner_start_before_it_imports_all_else(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], early: bool
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    seen: list[Spare | None] = []
+
+    def run(spare: Spare | None) -> None:
+        seen.append(spare)
+        if spare is not None:
+            started.append(child_of(spare))
+            assert started[-1].poll() is None
+
+    monkeypatch.setattr("rustyrl.cli.main", run)
+    monkeypatch.setattr(sys, "argv", ["rustyrl", *arguments])
+    main()
+    assert [spare is not None for spare in seen] == [early]
+    assert all(process.returncode is not None for process in started)  # it was not adopted
+
+
+COUNTING = """
+import atexit, subprocess, sys
+begun = []
+class Counted(subprocess.Popen):
+    def __init__(self, args, **more):
+        begun.append(args)
+        super().__init__(args, **more)
+subprocess.Popen = Counted
+atexit.register(lambda: print("learners:", sum("rustyrl_learner" in args for args in begun), file=sys.stderr))
+from rustyrl.main import main
+main()
+"""
+
+
+def test_a_run_goes_on_in_the_learner_that_was_started_first(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", COUNTING, "train", "cartpole", "--total-steps", "2000", "--run", "run", "--json"]
+    command += ["--set", "run.eval_episodes=4", "--actors", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "learners: 1\n" in done.stderr
