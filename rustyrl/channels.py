@@ -235,7 +235,7 @@ class RolloutSender(Sockets):
             poller.register(self._events, zmq.POLLIN)
         self._dealer.setsockopt(zmq.IDENTITY, self._identity)
         self._dealer.setsockopt(zmq.IMMEDIATE, 1)
-        first_ms, most_ms = RECONNECT_MS[self._address.partition("://")[0]]
+        first_ms, most_ms = RECONNECT_MS["ipc" if self._address.startswith("ipc://") else "tcp"]
         self._dealer.setsockopt(zmq.RECONNECT_IVL, first_ms)
         self._dealer.setsockopt(zmq.RECONNECT_IVL_MAX, most_ms)
         self._dealer.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_MS)

@@ -56,7 +56,7 @@ class Cluster:
         self._said = [cwd / f"{run.name}.{name}" for name in ("out", "err")]  # a pipe that nobody reads would fill up
         with self._said[0].open("wb") as out, self._said[1].open("wb") as err:
             self.process = subprocess.Popen(
-                [*prefix, sys.executable, "-c", "from rustyrl.cli import main; main()", *arguments],
+                [*prefix, sys.executable, "-c", "from rustyrl.main import main; main()", *arguments],
                 stdout=out,
                 stderr=err,
                 cwd=cwd,
@@ -126,7 +126,7 @@ class Cluster:
 
 def rustyrl(*arguments: str, cwd: Path | None = None) -> tuple[int, str, str]:
     """Run a verb to its end: exit code, standard output, standard error."""
-    command = [sys.executable, "-c", "from rustyrl.cli import main; main()", *arguments]
+    command = [sys.executable, "-c", "from rustyrl.main import main; main()", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, check=False)
     return done.returncode, done.stdout, done.stderr
 

@@ -26,7 +26,7 @@ class Terminal:
         self.modes = termios.tcgetattr(theirs)
         environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR", "TERM")}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from rustyrl.cli import main; main()", *arguments],
+            [sys.executable, "-c", "from rustyrl.main import main; main()", *arguments],
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,

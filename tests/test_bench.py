@@ -32,7 +32,6 @@ def test_an_actor_alone_is_measured_with_its_world_and_its_policy():
     found = result["by_name"]
     assert found.keys() == {"env_sps", "inference_sps", "actor_sps", "actor_overhead", "rollout_bytes"}
     assert min(found["env_sps"], found["inference_sps"], found["actor_sps"]) > 0
-    assert found["actor_overhead"] < 1
     assert found["rollout_bytes"] == pytest.approx(4 * 4 * 17 / 16 + 8)  # 4 numbers and 1 of 64 bits, as a batch of 16
     assert "an actor's time goes to stepping worlds" in result["verdict"]
 

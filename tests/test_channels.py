@@ -206,3 +206,9 @@ def test_a_connection_that_came_back_before_its_break_was_noticed_is_kept(tmp_pa
         assert sender._dealer is kept  # and with it what was sent over it since
         assert sender.was_cut
         assert poll(lambda: list(receiver.receive(0.05)), "the message")[0].message == Lease(4)
+
+
+@pytest.mark.parametrize("address", ["nonsense", "tcp:127.0.0.1:1", "udp://127.0.0.1:1", "TCP://127.0.0.1:1"])
+def test_an_address_that_is_none_is_refused_with_what_one_looks_like(address: str) -> None:
+    with pytest.raises(UsageError, match=f"cannot join '{address}'.*expected ipc://PATH or tcp://HOST:PORT"):
+        RolloutSender(address)

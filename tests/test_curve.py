@@ -339,7 +339,7 @@ def test_ipv6_and_names_of_machines(ring):
 
 # Whole clusters
 
-ACTOR = [sys.executable, "-c", "from rustyrl.cli import main; main()", "actor"]
+ACTOR = [sys.executable, "-c", "from rustyrl.main import main; main()", "actor"]
 
 
 @pytest.fixture

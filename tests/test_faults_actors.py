@@ -238,7 +238,7 @@ def test_an_actor_that_joined_by_hand_outlives_the_learner_and_its_end_is_notice
     cluster = start(*ENDLESS, "--actors", "1", "--listen", "tcp://127.0.0.1:0", "--set", "cluster.lease_s=300")
     cluster.await_version(1)
     link = json.loads((cluster.run / "cluster.json").read_text())["link"]
-    command = [sys.executable, "-c", "from rustyrl.cli import main; main()", "actor", "--join", link]
+    command = [sys.executable, "-c", "from rustyrl.main import main; main()", "actor", "--join", link]
     guest = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         shared = {0: 2, 1000: 2}

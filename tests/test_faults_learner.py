@@ -142,8 +142,8 @@ def test_a_learner_killed_before_its_first_checkpoint_is_followed_by_one_that_st
 
 def test_a_learner_terminated_from_outside_is_followed_from_exactly_where_it_was(start):
     cluster = start(*TWO)
-    cluster.await_version(3)
-    before = [actor["pid"] for actor in verb(cluster, "status")["actors"]]
+    known = await_status(cluster, lambda status: contributing(status) == {0: 2, 1: 2}, "both")
+    before = [actor["pid"] for actor in known["actors"]]
     learner(cluster).terminate()
     status = await_learner(cluster, 1)
     await_status(cluster, lambda status: contributing(status) == {0: 2, 1: 2}, "both")
@@ -325,7 +325,7 @@ def test_a_learner_killed_while_actors_knock_holds_nobody_up(start, kills):
 )
 def test_a_run_can_be_stopped_while_there_is_no_learner(start, how, expected, when):
     cluster = start(*TWO)
-    cluster.await_version(2)
+    await_status(cluster, lambda status: status["tickets"]["trained"] > 0, "an update that the launcher knows of")
     kill_learner(cluster)
     if when == "importing":
         successor(cluster, 1)

@@ -33,7 +33,16 @@ def wire() -> Iterator[Boundary]:
 @contextmanager
 def actor(cluster: Cluster, link: str, *options: str, prefix: Sequence[str] = (), **variables: str) -> Iterator[None]:
     """Meanwhile an actor has joined by hand, and works."""
-    command = [*prefix, sys.executable, "-c", "from rustyrl.cli import main; main()", "actor", "--join", link, *options]
+    command = [
+        *prefix,
+        sys.executable,
+        "-c",
+        "from rustyrl.main import main; main()",
+        "actor",
+        "--join",
+        link,
+        *options,
+    ]
     with (cluster.run / "there.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **variables})
     try:

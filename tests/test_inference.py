@@ -174,6 +174,15 @@ def test_extreme_noise_and_logits_still_give_a_choice_with_a_finite_log_prob(log
     assert log_prob[0] == pytest.approx(math.log(1 / 5) if logit == 0 else 0 if logit > 0 else math.log(1 / 4))
 
 
+def test_noise_and_log_probs_may_be_of_any_kind_of_array() -> None:
+    weights, observation, noise = make_weights(make_spec(BOX)), make_observation(), make_noise(BOX)
+    policy, action, expected = Policy(weights, SLOTS), empty_action(BOX), np.empty(SLOTS, np.float32)
+    policy.act(observation, noise, action, expected)
+    for log_prob in (np.empty(SLOTS), np.empty((SLOTS, 3), np.float32)[:, 1]):
+        policy.act(observation, noise.astype(np.float64), action, log_prob)
+        np.testing.assert_allclose(log_prob, expected, rtol=1e-6)
+
+
 def test_greedy_box_action_is_the_mean() -> None:
     weights, observation, action = make_weights(make_spec(BOX)), make_observation(), empty_action(BOX)
     Policy(weights, SLOTS).act(observation, None, action)

@@ -82,7 +82,7 @@ def test_learner_and_actors_by_hand_over_tcp(start):
     poll(lambda: b'"running"' in _read(learner.run / "cluster.json"), "a listening learner")
     link = json.loads(_read(learner.run / "cluster.json"))["link"]
     assert link.startswith("tcp://127.0.0.1:")
-    command = [sys.executable, "-c", "from rustyrl.cli import main; main()", "actor", "--join", link]
+    command = [sys.executable, "-c", "from rustyrl.main import main; main()", "actor", "--join", link]
     actors = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     code, out, err = learner.wait()
     assert code == 0, err

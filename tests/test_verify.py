@@ -245,7 +245,7 @@ def test_a_run_that_somebody_stopped_has_no_score(tmp_path):
 def test_an_interrupt_prints_what_is_done_ends_every_process_and_exits_130(tmp_path):
     runs = tmp_path / "runs"
     arguments = ["verify", "cartpole", "--seeds", "2", "--lag", "0", "--json", "--runs", str(runs)]
-    command = [sys.executable, "-c", "from rustyrl.cli import main; main()", *arguments]
+    command = [sys.executable, "-c", "from rustyrl.main import main; main()", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         poll(lambda: list(runs.glob("*/metrics.jsonl")), "a run that trains")

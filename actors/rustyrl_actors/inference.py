@@ -1,4 +1,4 @@
-"""The policy as plain numpy: what actors, evaluation and a shipped game run."""
+"""The policy without torch, in numpy or compiled code: what actors, evaluation and a shipped game run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Floats = NDArray[np.float32]
 
 
 class Policy:
-    """One policy version, ready to act for a fixed number of slots without allocating.
+    """One policy version, ready to act for a fixed number of slots in arrays of its own.
 
     Holds its own copy of the arrays: `load` replaces them in place.
     """
@@ -38,6 +38,7 @@ class Policy:
         self._codes = perceptron.encode_activations([*[weights.spec.activation] * len(weights.spec.hidden), "identity"])
         squashed = weights.spec.box == "squashed"
         self._blocks = perceptron.encode_blocks(weights.spec.action, squashed=squashed)
+        self._log_prob = np.empty(slots, np.float32)
         self._joined = np.empty((slots, sum(part.width for part in weights.spec.action)), np.float32)
         ends = np.cumsum([part.width for part in weights.spec.action]).tolist()
         self._columns = [slice(end - part.width, end) for part, end in zip(weights.spec.action, ends, strict=True)]
@@ -96,6 +97,7 @@ class Policy:
             mask: part to `[W, choices]`, for the parts that are masked; a choice that is False is never taken.
         """
         masks = [self._mask_of(name, mask) for name in self._masked]
+        noise = None if noise is None else np.asarray(noise, np.float32)
         if noise is not None and log_prob is not None and self._codes is not None:
             self._act_compiled(self._codes, observation, noise, action, log_prob, masks)
             return
@@ -126,7 +128,8 @@ class Policy:
         mask = masks[0] if len(masks) == 1 else np.concatenate(masks, axis=1) if masks else None
         x, layers = self._join(observation), (self._weights, self._biases, codes)
         boxes = (self._blocks, self._log_std, self._log_half)
-        perceptron.policy(x, self._normalizer, *layers, *boxes, mask, noise, self._joined, log_prob, 1)
+        perceptron.policy(x, self._normalizer, *layers, *boxes, mask, noise, self._joined, self._log_prob, 1)
+        log_prob[...] = self._log_prob
         for part, columns in zip(self.spec.action, self._columns, strict=True):
             action[part.name].reshape(self.slots, -1)[...] = self._joined[:, columns]
 

@@ -227,6 +227,7 @@ class Learner:
             self._candidates.append(self._counters.policy_version)
         if due:
             self._begin_checkpoint()
+        self._report()
 
     def _train(self, batch: Batch) -> tuple[Losses, dict[str, float]]:
         """Stops 7 and 8: what the update did, and its figures by the names in docs/metrics.md."""

@@ -30,7 +30,7 @@ INLINE vec activate(vec z, int activation)
     if (activation == RELU)
         return choose(z < spread(0), spread(0), z);
     if (activation == ELU)
-        return choose(z > spread(0), z, z + above_tangent(z, exponential(z)));
+        return choose(z > spread(0), z, exponential_less_one(z));
     if (activation == SILU)
         return z / (1 + exponential(-z));
     return z;

@@ -5,6 +5,7 @@ enum { MAX_THREADS = 64, PIECES = 16 };
 enum { WORTH_WAKING = 1 << 22 }; /* products: a tenth of a millisecond of them; to wake somebody up takes a part of it */
 enum { WORTH_SHARING = 1 << 21 }; /* with who looks out for them: less saves a tenth of the time for twice the processor's */
 enum { PATIENCE = 20000 }; /* a fraction of a millisecond: to sleep for the rest of a piece takes longer than it */
+enum { LOSSES = 4 }; /* of works that others took, after which who looks out is one too many */
 enum { TRIES = 200 }; /* for a lock that is held for some nanoseconds, and that takes a microsecond to wait for */
 
 /* rows, rows_each: of all, and of a piece; they may be any things that are side by side
@@ -86,14 +87,14 @@ static int look_out(void)
     return 0;
 }
 
-/* With the lock before and after: until somebody is wanted. Who comes second looks out again. */
+/* With the lock before and after: until somebody is wanted. Who comes second looks out again, some times. */
 static void await_work(void)
 {
-    while (!pool.wanted) {
+    for (int lost = 0; !pool.wanted;) {
         int changed = 0;
         if (read_size(&pool.soon)) {
             pthread_mutex_unlock(&pool.lock);
-            changed = look_out();
+            changed = look_out() && ++lost < LOSSES;
             take_lock();
         }
         if (!changed && !pool.wanted)

@@ -67,16 +67,25 @@ INLINE vec exponential(vec x)
     return choose(x < spread(-87.3f), spread(0), p);
 }
 
-/* exp(x) - 1 - x, with all digits where x is small. */
-INLINE vec above_tangent(vec x, vec exponential_of)
+/* (exp(x) - 1 - x) / x^2 where |x| is small. */
+INLINE vec above_tangent_by_square(vec x)
 {
     vec p = x * 2.48015873e-5f + 1.98412698e-4f;
     p = p * x + 1.38888889e-3f;
     p = p * x + 8.33333333e-3f;
     p = p * x + 4.16666667e-2f;
     p = p * x + 1.66666667e-1f;
-    p = p * x + 0.5f;
-    return choose(positive(x) < spread(0.5f), p * x * x, exponential_of - 1 - x);
+    return p * x + 0.5f;
+}
+
+/* exp(x) - 1 - x, and exp(x) - 1, with all digits where x is small. */
+INLINE vec above_tangent(vec x, vec exponential_of)
+{
+    return choose(positive(x) < spread(0.5f), above_tangent_by_square(x) * x * x, exponential_of - 1 - x);
+}
+INLINE vec exponential_less_one(vec x)
+{
+    return choose(positive(x) < spread(0.5f), above_tangent_by_square(x) * x * x + x, exponential(x) - 1);
 }
 
 /* Natural logarithm of normal positive numbers (Cephes), within two roundings. */
