@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ["RUSTYRL", "train"]
 
-RUSTYRL = [sys.executable, "-c", "from rustyrl.main import main; main()"]
+RUSTYRL = [sys.executable, "-c", "from rustyrl.cli import main; main()"]  # which older checkouts have, too
 
 
 def train(env: str, *arguments: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
