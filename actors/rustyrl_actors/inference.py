@@ -45,7 +45,6 @@ class Policy:
         self._masked = [part.name for part in weights.spec.action if part.masked]
         self._log_std = np.zeros(weights.spec.box_width, np.float32)
         self._normalizer: tuple[Floats, Floats, float] | None = None
-        self._joins = [array.dtype for array in weights.spec.observation] != ["float32"]
         self._activate = ACTIVATIONS[weights.spec.activation]
         self._samplers = self._make_samplers()
         self._log_half = sum(s.log_half for s in self._samplers if isinstance(s, BoxSampler))
@@ -169,7 +168,7 @@ class Policy:
     def _join(self, observation: Mapping[str, NDArray[np.generic]]) -> Floats:
         """`[W, in]` float32, raw, in memory of its own if it has to be joined or converted."""
         arrays = [observation[array.name].reshape(self.slots, -1) for array in self.spec.observation]
-        if not self._joins and arrays[0].dtype == np.float32 and arrays[0].flags.aligned:
+        if len(arrays) == 1 and arrays[0].dtype == np.float32 and arrays[0].flags.aligned:
             return arrays[0]  # type: ignore[return-value]
         np.concatenate(arrays, axis=1, out=self._input, casting="unsafe")
         return self._input

@@ -34,9 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["Losses", "TakeEpoch", "kl_estimate", "minibatch_gradient", "policy_gradient", "policy_loss", "ppo_update"]
 __all__ += ["run_epoch", "value_gradient", "value_loss"]
 
-TakeEpoch = Callable[
-    [Tensor, float, Callable[[], None]], Tensor
-]  # order, learning rate, `on_minibatch`; see `run_epoch`
+# Of an order, a learning rate and `on_minibatch`, as `run_epoch` takes them, the figures of an epoch.
+TakeEpoch = Callable[[Tensor, float, Callable[[], None]], Tensor]
 AT_ONCE = 1 << 30  # rows times parameters that compiled code takes at once: a twentieth of a second on two cores
 MAX_IMPORTANCE = 2.0  # truncates the weight of what the version that collected it found unlikely
 
