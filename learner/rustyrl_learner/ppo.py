@@ -146,7 +146,10 @@ def ppo_update(
         FloatingPointError: naming the first loss or gradient that is not finite. On the CPU the parameters are then
             what they were before that optimiser step; elsewhere it is looked for once an epoch.
     """
-    take = _epochs(network, optimizer, batch, config) if graphs is None else graphs.prepare(batch, config)
+    if graphs is not None:
+        take = graphs.prepare(batch, config)
+    else:
+        take = _compiled(network, optimizer, batch, config) or partial(run_epoch, network, optimizer, batch, config)
     order = _shuffled(batch, generator)
     numbers: list[list[float]] = []
     for epoch in range(config.epochs):
@@ -165,14 +168,6 @@ def ppo_update(
     policy, value, entropy, approx_kl, clipped, norm, _ = means
     first_ratio_error = numbers[0][FIRST_RATIO_ERROR]
     return Losses(policy, value, entropy, approx_kl, clipped, norm, first_ratio_error, len(numbers), learning_rate)
-
-
-def _epochs(network: ActorCritic, optimizer: Optimizer, batch: TrainingBatch, config: PPOConfig) -> TakeEpoch:
-    """What takes the epochs of this batch, one after the other: `run_epoch` of it."""
-    if network.compiled is None or not isinstance(optimizer, Adam):
-        return partial(run_epoch, network, optimizer, batch, config)
-    rows = network.compiled.arrays(batch, _importance(batch))
-    return partial(_compiled_epoch, network, network.compiled, optimizer, batch, rows, config)
 
 
 def _shuffled(batch: TrainingBatch, generator: torch.Generator) -> Tensor:
@@ -211,8 +206,8 @@ def run_epoch(
         FloatingPointError: where gradients are looked at.
     """
     watched = batch.advantage.device.type == "cpu" if watched is None else watched
-    if network.compiled is not None and isinstance(optimizer, Adam):
-        return _epochs(network, optimizer, batch, config)(order, float(learning_rate), on_minibatch)
+    if (take := _compiled(network, optimizer, batch, config)) is not None:
+        return take(order, float(learning_rate), on_minibatch)
     edges = _edges(len(batch.advantage), config)
     gradient = network.flat()[1].tensor
     rows = batch.select(order)
@@ -240,6 +235,14 @@ def _edges(count: int, config: PPOConfig) -> list[int]:
     return [count * i // minibatches for i in range(minibatches + 1)]
 
 
+def _compiled(network: ActorCritic, optimizer: Optimizer, batch: TrainingBatch, config: PPOConfig) -> TakeEpoch | None:
+    """What takes the epochs of this batch by compiled code; None where torch takes them."""
+    if network.compiled is None or not isinstance(optimizer, Adam):
+        return None
+    rows = network.compiled.arrays(batch, _importance(batch))
+    return partial(_compiled_epoch, network, network.compiled, optimizer, batch, rows, config)
+
+
 def _compiled_epoch(
     network: ActorCritic,
     compiled: CompiledUpdate,
@@ -249,7 +252,7 @@ def _compiled_epoch(
     config: PPOConfig,
     order: Tensor,
     learning_rate: float,
-    on_minibatch: Callable[[], None] = lambda: None,
+    on_minibatch: Callable[[], None],
 ) -> Tensor:
     """`run_epoch` by `CompiledUpdate.steps`, as many minibatches at a time as do not keep a stop waiting."""
     shuffled, edges = order.numpy().astype(np.int32), np.array(_edges(len(order), config), np.int32)
@@ -262,13 +265,12 @@ def _compiled_epoch(
         if taken < len(some) - 1:
             _refuse(network, of_each[taken].tolist())
         if not first:
-            behavior = batch.behavior_log_prob.numpy()[shuffled[: edges[1]]]
-            error = np.abs(np.expm1(log_prob[: len(behavior)] - behavior)).max()
+            error = _ratio_error(torch.from_numpy(log_prob), batch.behavior_log_prob[order[: edges[1]]])
         found[first : first + each] = of_each
         on_minibatch()
     means = np.diff(edges).astype(np.float32) @ found / len(shuffled)
     means[ENTROPY], means[GRADIENT_NORM] = found[:, ENTROPY].mean(), found[:, GRADIENT_NORM].mean()
-    return torch.from_numpy(np.append(means, error).astype(np.float32))
+    return torch.cat([torch.from_numpy(means), error[None]])
 
 
 def _importance(batch: TrainingBatch) -> Tensor:
